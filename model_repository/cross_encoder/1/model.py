@@ -1,0 +1,1 @@
+from tritonrank_server.triton import CrossEncoderModel as TritonPythonModel  # noqa: F401

@@ -1,0 +1,1 @@
+from tritonrank_server.triton import TokenizerModel as TritonPythonModel  # noqa: F401

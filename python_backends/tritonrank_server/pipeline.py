@@ -1,0 +1,24 @@
+"""The three stages composed without Triton: the oracle of the tests, and the export's check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cross_encoder import CrossEncoder
+from .sorter import Ranking, rank
+from .tokenizer import PairTokenizer
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Ranks documents as the ensemble does, in this process."""
+
+    tokenizer: PairTokenizer
+    cross_encoder: CrossEncoder
+
+    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> Ranking:
+        """One request of the ensemble; see ``tokenizer``, ``sorter`` for the errors it raises."""
+        pairs = self.tokenizer.read(query.encode(), [text.encode() for text in documents])
+        [relevance] = self.cross_encoder.score(self.tokenizer.encode([pairs]))
+        return rank(relevance, top_k)

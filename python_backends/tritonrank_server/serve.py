@@ -1,0 +1,299 @@
+"""The embedded server: Triton's own ``tritonserver`` as a child process of this one."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from . import assets
+
+#: How long the models may take to load before the start counts as failed, in seconds. A stub of
+#: the wrong Python does not fail, it hangs.
+START_TIMEOUT = 120.0
+#: What Triton reports of a machine without a GPU, and of the folders of exports. All is well.
+HARMLESS = (b"CUDA driver version", b"CudaDriverHelper", b"ignore version directory")
+#: How long running requests may take to finish at the stop, in seconds.
+STOP_TIMEOUT = 10
+
+
+class ServerError(RuntimeError):
+    """The server cannot start, or did not stay up; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to serve, and where. Port 0 takes any free port.
+
+    Attributes:
+        model_repository: the folder with ``reranker``, ``tokenizer``, ``cross_encoder``, ``sorter``.
+        log: where Triton's log goes; default, this process's standard error.
+    """
+
+    model_repository: Path = Path("model_repository")
+    host: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8000
+    metrics_port: int = 8002
+    log: Path | None = None
+
+
+class EmbeddedServer:
+    """A context manager: inside it the server is ready, after it the server is gone.
+
+    The server also stops when this process dies, however it dies.
+
+    Attributes:
+        grpc_url, http_url, metrics_url: ``HOST:PORT`` of each service.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        ports = _free_ports(settings)
+        self.grpc_url, self.http_url, self.metrics_url = (f"{settings.host}:{p}" for p in ports)
+        # Its own prefix, so that servers side by side never meet in /dev/shm.
+        self._shm_prefix = f"tritonrank-{os.getpid()}-{ports[0]}-"
+        self._process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> EmbeddedServer:
+        """Starts the server and waits until its models are ready.
+
+        Raises:
+            ServerError: no model, a port in use, a Python that Triton cannot embed, or a server
+                that died or was not ready in time.
+        """
+        repository = self._settings.model_repository
+        _check_repository(repository)
+        home = assets.tritonserver()
+        self._process = subprocess.Popen(
+            [home / "bin" / "tritonserver", *self._arguments(home)],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # A Ctrl-C in the terminal is for this process, which then stops the server.
+            start_new_session=True,
+            # Where this process dies, the log's pipe breaks, and that must not kill the server
+            # before it has cleaned up: it keeps ignoring SIGPIPE, as Python does.
+            restore_signals=False,
+            preexec_fn=_die_with_parent,
+        )
+        self._log = threading.Thread(target=self._relay_log, daemon=True)
+        self._log.start()
+        try:
+            self._await_readiness()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def wait(self) -> int:
+        """Blocks until the server ends by itself; gives its exit status."""
+        return self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """Process id of ``tritonserver``."""
+        return self._process.pid
+
+    def _arguments(self, home: Path) -> list[str]:
+        (grpc, http, metrics), host = self._ports(), self._settings.host
+        return [
+            f"--model-repository={self._settings.model_repository}",
+            "--model-config-name=cpu",
+            f"--backend-directory={_backends(home)}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            # The configurations are complete; completing them would start every stub twice.
+            "--disable-auto-complete-config",
+            f"--grpc-address={host}",
+            f"--grpc-port={grpc}",
+            f"--http-address={host}",
+            f"--http-port={http}",
+            f"--metrics-address={host}",
+            f"--metrics-port={metrics}",
+            "--allow-gpu-metrics=false",
+            "--log-info=false",
+            f"--exit-timeout-secs={STOP_TIMEOUT}",
+        ]
+
+    def _ports(self) -> list[str]:
+        return [url.rpartition(":")[2] for url in (self.grpc_url, self.http_url, self.metrics_url)]
+
+    def _await_readiness(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not _is_ready(self.http_url):
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"tritonserver stopped at start (exit {self._process.returncode}): see its log"
+                )
+            if time.monotonic() > deadline:
+                raise ServerError(f"tritonserver was not ready after {START_TIMEOUT:.0f} s")
+            time.sleep(0.05)
+
+    def _relay_log(self) -> None:
+        """Passes Triton's log on, without what is harmless."""
+        assert self._process.stdout
+        path = self._settings.log
+        with open(path, "wb") if path else nullcontext(sys.stderr.buffer) as sink:
+            for line in self._process.stdout:
+                if not any(words in line for words in HARMLESS):
+                    sink.write(line)
+                    sink.flush()
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT + 5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._log.join()
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+
+def _free_ports(settings: Settings) -> list[int]:
+    """The three ports, each seen to be free."""
+    sockets = []
+    try:
+        for port in (settings.grpc_port, settings.http_port, settings.metrics_port):
+            sockets.append(socket.create_server((settings.host, port)))
+        return [each.getsockname()[1] for each in sockets]
+    except OSError as error:
+        raise ServerError(
+            f"cannot listen on {settings.host}:{port} ({error.strerror}): choose another port"
+        ) from error
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _check_repository(repository: Path) -> None:
+    if not (repository / "reranker" / "config.pbtxt").is_file():
+        raise ServerError(
+            f"no model repository at {repository}: run this in a checkout of tritonrank, or name "
+            "the folder with --model-repository"
+        )
+    if not (repository / "cross_encoder" / "1" / "model.onnx").exists():
+        raise ServerError(f"no model in {repository}: run `tritonrank export` first")
+
+
+def _is_ready(http_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{http_url}/v2/health/ready", timeout=1) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _backends(home: Path) -> Path:
+    """The backend directory, with the Python backend's stub for this interpreter in its place.
+
+    A folder for each Python version, so that servers of several versions can share the cache; it
+    lies as deep as the wheel's own, since the libraries' RPATH is relative.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise ServerError(f"Triton's wheel has no stub for Python {version}: use 3.10 to 3.13")
+    if platform.machine() != "x86_64":
+        raise ServerError("Triton's wheel is for x86-64 only: use the container image")
+    python_backend = home / f"backends-{version}" / "python"
+    if not python_backend.exists():
+        scratch = home / f"backends-{version}-{os.getpid()}"
+        shutil.copytree(home / "backends", scratch)
+        shutil.copy2(stub, scratch / "python")
+        try:
+            scratch.rename(python_backend.parent)
+        except OSError:  # Another process was first.
+            shutil.rmtree(scratch)
+    return python_backend.parent
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which the stub finds this interpreter and its packages."""
+    libraries = Path(sysconfig.get_config_var("LIBDIR"))
+    library = sysconfig.get_config_var("INSTSONAME")
+    # The stub of 3.13 brings its own libpython.
+    if sys.version_info < (3, 13) and not (libraries / library).exists():
+        raise ServerError(
+            f"this Python has no shared library in {libraries}, and Triton embeds one: install "
+            f"it (Debian, Ubuntu: apt install libpython{sysconfig.get_python_version()}), or use "
+            "a Python built with --enable-shared"
+        )
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    return os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(libraries), inherited])),
+        # The tokenizer's batch calls use all cores; the stub is forked before any of them.
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to stop this child when its parent dies, even by SIGKILL; see prctl(2)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``tritonrank serve``: the embedded server in the foreground until Ctrl-C or SIGTERM."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        prog="tritonrank serve",
+        description="Serve the model repository with the embedded Triton until Ctrl-C.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model-repository", type=Path, default=defaults.model_repository)
+    parser.add_argument("--host", default=defaults.host, help="address to listen on")
+    for service in ("grpc", "http", "metrics"):
+        default = getattr(defaults, f"{service}_port")
+        parser.add_argument(
+            f"--{service}-port", type=int, default=default, help="0 takes any free port"
+        )
+    settings = Settings(**vars(parser.parse_args(argv)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        return _serve(settings)
+    except (ServerError, assets.AssetError) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _serve(settings: Settings) -> int:
+    print("Starting Triton …", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    with EmbeddedServer(settings) as server:
+        print(
+            f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
+            f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it.",
+            file=sys.stderr,
+            flush=True,
+        )
+        status = server.wait()
+    raise ServerError(f"tritonserver stopped by itself (exit {status}): see its log")

@@ -1,0 +1,158 @@
+"""First stage: a query and its documents → token ids, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from .errors import InvalidInput
+
+Int32 = npt.NDArray[np.int32]
+
+#: What fills the short rows of ``input_ids``. No token has this id, whereas the id of ``[PAD]``
+#: stands in any document that contains that text.
+FILL = -1
+
+#: The share of the model's positions that a query may take; what is beyond is cut. It leaves the
+#: document the other half.
+QUERY_SHARE = 0.5
+
+#: A text is read up to this many characters for each position of the model. It bounds the work
+#: that one text can ask for and is far more than fits: a token of English is 4 characters, of
+#: Korean or Japanese 1 or 2.
+CHARACTERS_PER_POSITION = 64
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One request's query–document pairs as the graph takes them.
+
+    Attributes:
+        input_ids: INT32 [N, L], row i holds pair i's tokens, then ``FILL``.
+        lengths: INT32 [N], the tokens of each pair.
+        query_lengths: INT32 [N], the tokens of ``[CLS] query [SEP]`` that each pair begins with.
+    """
+
+    input_ids: Int32
+    lengths: Int32
+    query_lengths: Int32
+
+    def documents(self) -> Iterator[Tokens]:
+        """The same pairs one by one: N results with N = 1 and no ``FILL``."""
+        for i, length in enumerate(self.lengths):
+            one = slice(i, i + 1)
+            yield Tokens(self.input_ids[one, :length], self.lengths[one], self.query_lengths[one])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One valid request: the ids of ``[CLS] query [SEP]``, INT32 [Q], and the documents' text."""
+
+    query_ids: Int32
+    documents: list[str]
+
+
+class PairTokenizer:
+    """Encodes query–document pairs as the checkpoint's own tokenizer does, but each query once.
+
+    Max length and the template of special tokens come from ``tokenizer.json`` itself. Only
+    documents are cut to fit, and a query beyond its share (``QUERY_SHARE``).
+
+    Not for sharing between threads; one batch call already uses all cores.
+
+    Args:
+        path: ``tokenizer.json`` of an export, with truncation set to the model's max length.
+        max_documents: the most documents that a request may have.
+    """
+
+    def __init__(self, path: Path, max_documents: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._max_length: int = self._tokenizer.truncation["max_length"]
+        self._max_documents = max_documents
+        self._max_characters = CHARACTERS_PER_POSITION * self._max_length
+        self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer)
+        # One token more than fits, so that a query that is too long shows.
+        self._tokenizer.enable_truncation(self._max_length + 1)
+
+    def read(self, query: bytes, documents: Sequence[bytes]) -> Pairs:
+        """Checks one request, and encodes its query.
+
+        Raises:
+            InvalidInput: no document, or too many; a text that is not UTF-8; a query that is
+                blank or longer than the model.
+        """
+        if not documents:
+            raise InvalidInput("DOCUMENTS is empty: send at least one document")
+        if len(documents) > self._max_documents:
+            raise InvalidInput(
+                f"DOCUMENTS has {len(documents)} documents, and a request may have "
+                f"{self._max_documents}: split it, and merge the rankings by LOGITS"
+            )
+        texts = [_decode(document, f"DOCUMENTS[{i}]") for i, document in enumerate(documents)]
+        query_ids = self._encode_query(_decode(query, "QUERY"))
+        return Pairs(query_ids, [text[: self._max_characters] for text in texts])
+
+    def encode(self, batch: Sequence[Pairs]) -> list[Tokens]:
+        """Encodes the documents of several requests in one call; one result a request."""
+        texts = [text for pairs in batch for text in pairs.documents]
+        encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [
+            self._assemble(pairs.query_ids, [next(encodings).ids for _ in pairs.documents])
+            for pairs in batch
+        ]
+
+    def _encode_query(self, query: str) -> Int32:
+        if not query.strip():
+            raise InvalidInput("QUERY is blank: send a query with at least one visible character")
+        if len(query) > self._max_characters:
+            raise InvalidInput(
+                f"QUERY has {len(query)} characters, and {self._max_characters} are read at most: "
+                "shorten it"
+            )
+        ids = self._tokenizer.encode(query, add_special_tokens=False).ids
+        if len(ids) > self._max_length:
+            raise InvalidInput(
+                f"QUERY has more tokens than the model has positions, {self._max_length}: "
+                "shorten it, or send the long text as a document"
+            )
+        share = int(QUERY_SHARE * self._max_length) - len(self._prefix) - len(self._middle)
+        return np.array([*self._prefix, *ids[:share], *self._middle], np.int32)
+
+    def _assemble(self, query_ids: Int32, documents: list[list[int]]) -> Tokens:
+        room = self._max_length - len(query_ids) - len(self._suffix)
+        rows = [document[:room] + self._suffix for document in documents]
+        tails = np.array([len(row) for row in rows], np.int32)
+        input_ids = np.full((len(rows), len(query_ids) + tails.max()), FILL, np.int32)
+        input_ids[:, : len(query_ids)] = query_ids
+        # Row-major order of the mask is the order of the concatenated rows.
+        input_ids[:, len(query_ids) :][np.arange(tails.max()) < tails[:, None]] = np.concatenate(
+            rows
+        )
+        return Tokens(input_ids, len(query_ids) + tails, np.full_like(tails, len(query_ids)))
+
+
+def _decode(text: bytes, name: str) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{name} is not valid UTF-8 (byte {error.start}): encode the text as UTF-8"
+        ) from None
+
+
+def _pair_template(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """Special tokens before the query, between it and the document, and after the document.
+
+    Read off an encoded pair, since the post-processors of the model families differ in form.
+    """
+    pair = tokenizer.encode("a", "b")
+    sequence = pair.sequence_ids
+    query = [i for i, which in enumerate(sequence) if which == 0]
+    document = [i for i, which in enumerate(sequence) if which == 1]
+    ids = pair.ids
+    return ids[: query[0]], ids[query[-1] + 1 : document[0]], ids[document[-1] + 1 :]

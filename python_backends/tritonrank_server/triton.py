@@ -1,0 +1,152 @@
+"""The adapter: the only file that speaks to Triton's Python backend.
+
+A model loads in ``initialize``; its ``execute`` decodes each request, runs the stage once over all
+of them, and encodes the results. A request that fails is answered with its own error, and the rest
+of the batch goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .cross_encoder import CrossEncoder, Relevance
+from .errors import InvalidInput, InvalidOutput
+from .sorter import Ranking, rank
+from .tokenizer import Pairs, PairTokenizer, Tokens
+
+Decoded = TypeVar("Decoded")
+Result = TypeVar("Result")
+
+
+class _Stage(ABC, Generic[Decoded, Result]):
+    """One stage of the ensemble as a Python-backend model."""
+
+    @abstractmethod
+    def initialize(self, args: dict[str, str]) -> None: ...
+
+    @abstractmethod
+    def decode(self, request: Any) -> Decoded: ...
+
+    @abstractmethod
+    def run(self, batch: Sequence[Decoded]) -> Sequence[Result]: ...
+
+    @abstractmethod
+    def encode(self, result: Result) -> dict[str, np.ndarray[Any, Any]]: ...
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        decoded = [_attempt(self._decode, request) for request in requests]
+        good = [value for value in decoded if not isinstance(value, pb_utils.TritonError)]
+        results = _attempt(self.run, good) if good else []
+        if isinstance(results, pb_utils.TritonError):
+            results = [results] * len(good)
+        remaining = iter(results)
+        return [
+            self._respond(value if isinstance(value, pb_utils.TritonError) else next(remaining))
+            for value in decoded
+        ]
+
+    def _decode(self, request: Any) -> Decoded:
+        if request.is_cancelled():
+            raise _Cancelled
+        return self.decode(request)
+
+    def _respond(self, result: Any) -> Any:
+        if isinstance(result, pb_utils.TritonError):
+            return pb_utils.InferenceResponse(error=result)
+        outputs = self.encode(result).items()
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, data) for name, data in outputs])
+
+
+class _Cancelled(Exception):
+    """The client gave the request up; whatever is spent on it is lost."""
+
+
+def _attempt(function: Any, argument: Any) -> Any:
+    """What the function returns, or the ``TritonError`` that tells the client why it did not."""
+    try:
+        return function(argument)
+    except InvalidInput as error:
+        return pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+    except InvalidOutput as error:
+        return pb_utils.TritonError(str(error), pb_utils.TritonError.INTERNAL)
+    except _Cancelled:
+        return pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
+    except Exception as error:  # The client gets one line, the log what happened.
+        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+        return pb_utils.TritonError(
+            "the server failed on this request; its log says why", pb_utils.TritonError.INTERNAL
+        )
+
+
+def _version_folder(args: dict[str, str]) -> Path:
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return array
+
+
+class TokenizerModel(_Stage[Pairs, Tokens]):
+    """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        max_documents = int(parameters["max_documents"]["string_value"])
+        self._tokenizer = PairTokenizer(_version_folder(args) / "tokenizer.json", max_documents)
+
+    def decode(self, request: Any) -> Pairs:
+        query, documents = _array(request, "QUERY"), _array(request, "DOCUMENTS")
+        return self._tokenizer.read(query.item(), documents.ravel().tolist())
+
+    def run(self, batch: Sequence[Pairs]) -> Sequence[Tokens]:
+        return self._tokenizer.encode(batch)
+
+    def encode(self, result: Tokens) -> dict[str, np.ndarray[Any, Any]]:
+        return {
+            "input_ids": result.input_ids,
+            "lengths": result.lengths[:, None],
+            "query_lengths": result.query_lengths[:, None],
+        }
+
+
+class CrossEncoderModel(_Stage[Tokens, Relevance]):
+    """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1]."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
+
+    def decode(self, request: Any) -> Tokens:
+        lengths, query_lengths = _array(request, "lengths"), _array(request, "query_lengths")
+        return Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
+
+    def run(self, batch: Sequence[Tokens]) -> Sequence[Relevance]:
+        return self._cross_encoder.score(batch)
+
+    def encode(self, result: Relevance) -> dict[str, np.ndarray[Any, Any]]:
+        return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
+
+
+class SorterModel(_Stage[Ranking, Ranking]):
+    """logits and scores FP32 [N, 1], TOP_K INT32 [1]? → INDICES, SCORES, LOGITS [K]."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Holds nothing: the ranking depends on the request alone."""
+
+    def decode(self, request: Any) -> Ranking:
+        relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
+        top_k = pb_utils.get_input_tensor_by_name(request, "TOP_K")
+        return rank(relevance, None if top_k is None else top_k.as_numpy().item())
+
+    def run(self, batch: Sequence[Ranking]) -> Sequence[Ranking]:
+        return batch
+
+    def encode(self, result: Ranking) -> dict[str, np.ndarray[Any, Any]]:
+        return {"INDICES": result.indices, "SCORES": result.scores, "LOGITS": result.logits}

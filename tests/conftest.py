@@ -1,0 +1,71 @@
+"""Real servers with the real model, shared by all tests of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from tritonrank_server.cross_encoder import CrossEncoder
+from tritonrank_server.export import export
+from tritonrank_server.pipeline import Pipeline
+from tritonrank_server.serve import EmbeddedServer, Settings
+from tritonrank_server.tokenizer import PairTokenizer
+
+MODEL_REPOSITORY = Path(__file__).parents[1] / "model_repository"
+MAX_DOCUMENTS = 1024
+
+
+def new_repository(folder: Path) -> Path:
+    """A copy of the hand-written model repository, with nothing published in it."""
+    unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
+    return Path(shutil.copytree(MODEL_REPOSITORY, folder, symlinks=True, ignore=unpublished))
+
+
+def start(repository: Path) -> AbstractContextManager[EmbeddedServer]:
+    """A server on free ports, its log beside the repository."""
+    log = repository.with_suffix(".log")
+    return EmbeddedServer(Settings(repository, grpc_port=0, http_port=0, metrics_port=0, log=log))
+
+
+def pipeline(repository: Path) -> Pipeline:
+    """The same stages in this process, without Triton."""
+    tokenizer = PairTokenizer(repository / "tokenizer" / "1" / "tokenizer.json", MAX_DOCUMENTS)
+    return Pipeline(tokenizer, CrossEncoder(repository / "cross_encoder" / "1" / "model.onnx"))
+
+
+@pytest.fixture(scope="session")
+def sample() -> list[tuple[str, list[str]]]:
+    """Queries with a dozen documents each, in English, Korean and Japanese."""
+    lines = (files("tritonrank_server") / "sample.jsonl").read_text("utf-8").splitlines()
+    return [(each["query"], each["documents"]) for each in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="session")
+def int8_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = new_repository(tmp_path_factory.mktemp("int8") / "repository")
+    export("default", "int8", repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def fp32_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = new_repository(tmp_path_factory.mktemp("fp32") / "repository")
+    export("default", "fp32", repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def int8_server(int8_repository: Path) -> Iterator[EmbeddedServer]:
+    with start(int8_repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fp32_server(fp32_repository: Path) -> Iterator[EmbeddedServer]:
+    with start(fp32_repository) as server:
+        yield server

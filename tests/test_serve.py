@@ -1,0 +1,136 @@
+"""``tritonrank serve`` and ``tritonrank rank`` as processes: start, stop, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import new_repository, start
+from tritonrank import RerankClient
+from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
+
+TRITONRANK = [sys.executable, "-m", "tritonrank"]
+
+
+@contextmanager
+def serving(repository: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``tritonrank serve`` as a child process, and its gRPC address once it is ready."""
+    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
+    command = [*TRITONRANK, "serve", f"--model-repository={repository}", *ports]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr
+            lines = iter(process.stderr.readline, "")
+            ready = next(line for line in lines if line.startswith("Ready"))
+            yield process, re.search(r"gRPC ([\d.:]+)", ready)[1]  # type: ignore[index]
+        finally:
+            process.kill()
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids of the children of a process, and of theirs."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    direct = {int(child) for path in children for child in path.read_text().split()}
+    return direct.union(*map(descendants, direct))
+
+
+def await_end(pids: set[int]) -> None:
+    """Waits until none of the processes runs; a zombie does not run."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 60
+    while running := {pid for pid in pids if runs(pid)}:
+        assert time.monotonic() < deadline, f"still running: {running}"
+        time.sleep(0.1)
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_it_ends_nothing_is_left(int8_repository: Path, how: signal.Signals) -> None:
+    before = shared_memory()
+    with serving(int8_repository) as (process, url):
+        with RerankClient(url) as client:
+            assert client.rank("tea", ["a car", "green tea"])[0].index == 1
+        family = descendants(process.pid)
+        assert len(family) >= 4  # tritonserver and three stubs
+        assert shared_memory() - before
+        process.send_signal(how)
+        await_end({process.pid, *family})
+        assert process.wait() == (-how if how == signal.SIGKILL else 0)
+    assert not shared_memory() - before
+
+
+def test_log_is_readable(int8_repository: Path) -> None:
+    with serving(int8_repository) as (process, _):
+        process.terminate()
+        assert process.stderr
+        assert "CUDA" not in process.stderr.read()
+
+
+def test_two_servers_side_by_side(int8_repository: Path) -> None:
+    with start(int8_repository) as one, start(int8_repository) as other:
+        assert one.grpc_url != other.grpc_url
+        with RerankClient(one.grpc_url) as a, RerankClient(other.grpc_url) as b:
+            assert a.rank("tea", ["green tea", "a car"]) == b.rank("tea", ["green tea", "a car"])
+            alive = one.pid
+        assert Path(f"/proc/{alive}").exists()
+
+
+def test_port_in_use_is_one_clear_line(int8_repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
+        command = [*TRITONRANK, "serve", "--model-repository", str(int8_repository)]
+        done = subprocess.run(
+            [*command, f"--http-port={port}", "--grpc-port=0"], capture_output=True, text=True
+        )
+    assert done.returncode == 1
+    assert re.search(rf"^tritonrank: cannot listen on 127.0.0.1:{port} .*$", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_model_is_one_clear_line(tmp_path: Path) -> None:
+    repository = new_repository(tmp_path / "repository")
+    for folder, message in [(repository, "run `tritonrank export`"), (tmp_path, "no model repos")]:
+        with pytest.raises(ServerError, match=message):
+            EmbeddedServer(Settings(folder, grpc_port=0, http_port=0, metrics_port=0)).__enter__()
+
+
+def test_broken_model_is_noticed_at_start(int8_repository: Path, tmp_path: Path) -> None:
+    repository = new_repository(tmp_path / "repository")
+    current = repository / "cross_encoder" / "current"
+    current.mkdir()
+    (current / "model.onnx").write_bytes(b"not a graph")
+    tokenizer = int8_repository / "tokenizer" / "1" / "tokenizer.json"
+    (current / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    with pytest.raises(ServerError, match="stopped at start"), start(repository):
+        pass
+    assert "model.onnx" in repository.with_suffix(".log").read_text()
+
+
+def test_rank_from_the_shell(int8_server: EmbeddedServer) -> None:
+    command = [*TRITONRANK, "rank", "차", "-", "--json", "--top-k=2", "--url", int8_server.grpc_url]
+    done = subprocess.run(
+        command, input="a car\n차\n버스\n", capture_output=True, text=True, encoding="utf-8"
+    )
+    ranking = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert [each["document"] for each in ranking][0] == "차"
+    assert len(ranking) == 2

@@ -1,0 +1,147 @@
+"""The stages and the adapter without a server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MAX_DOCUMENTS
+from tritonrank_server.cross_encoder import Relevance
+from tritonrank_server.errors import InvalidInput, InvalidOutput
+from tritonrank_server.sorter import rank
+from tritonrank_server.tokenizer import FILL, PairTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(int8_repository: Path) -> PairTokenizer:
+    return PairTokenizer(int8_repository / "tokenizer" / "1" / "tokenizer.json", MAX_DOCUMENTS)
+
+
+def test_tokens_of_a_batch(tokenizer: PairTokenizer) -> None:
+    requests = [(b"tea", [b"green tea", b"", b"a"]), (b"black coffee", [b"milk"])]
+    one, other = tokenizer.encode([tokenizer.read(*request) for request in requests])
+    cls, sep, tea, green, a = 101, 102, 5572, 2665, 1037
+    assert one.input_ids.tolist() == [
+        [cls, tea, sep, green, tea, sep],
+        [cls, tea, sep, sep, FILL, FILL],
+        [cls, tea, sep, a, sep, FILL],
+    ]
+    assert one.lengths.tolist() == [6, 4, 5]
+    assert one.query_lengths.tolist() == [3, 3, 3]
+    assert other.query_lengths.tolist() == [4]
+    assert {one.input_ids.dtype, one.lengths.dtype, one.query_lengths.dtype} == {np.dtype("i4")}
+
+
+def test_only_the_document_is_cut(tokenizer: PairTokenizer) -> None:
+    [tokens] = tokenizer.encode([tokenizer.read(b"tea " * 100, [b"green " * 1000, b"green"])])
+    assert tokens.lengths.tolist() == [512, 104]
+    assert tokens.query_lengths.tolist() == [102, 102]
+    assert tokens.input_ids[0, -1] == 102
+
+
+@pytest.mark.parametrize(("words", "kept"), [(254, 254), (255, 254), (512, 254)])
+def test_a_query_is_cut_beyond_its_share(
+    tokenizer: PairTokenizer, words: int, kept: int
+) -> None:
+    [tokens] = tokenizer.encode([tokenizer.read(b"tea " * words, [b"green " * 1000])])
+    assert tokens.query_lengths.tolist() == [kept + 2]
+    assert tokens.lengths.tolist() == [512]
+
+
+def test_a_query_beyond_the_model_is_refused(tokenizer: PairTokenizer) -> None:
+    with pytest.raises(InvalidInput, match="more tokens than the model has positions, 512"):
+        tokenizer.read(b"tea " * 513, [b"green"])
+
+
+def relevance(*logits: float) -> Relevance:
+    return Relevance(np.float32(logits), 1 / (1 + np.exp(-np.float32(logits))))
+
+
+def test_rank_sorts_by_logit_and_ties_by_index() -> None:
+    # 20 and 30 are one score: the sigmoid of both is 1 in FP32.
+    ranking = rank(relevance(20, -1, 30, 20, -1))
+    assert ranking.indices.tolist() == [2, 0, 3, 1, 4]
+    assert ranking.logits.tolist() == [30, 20, 20, -1, -1]
+    assert ranking.scores[0] == ranking.scores[1] == 1
+    assert ranking.indices.dtype == np.int32
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, [1]), (2, [1, 0]), (9, [1, 0]), (None, [1, 0])])
+def test_rank_top_k(top_k: int | None, expected: list[int]) -> None:
+    assert rank(relevance(1, 2), top_k).indices.tolist() == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rank_refuses_what_is_not_finite(value: float) -> None:
+    with pytest.raises(InvalidOutput, match=r"DOCUMENTS\[1\]"):
+        rank(relevance(1, value, 2))
+
+
+@pytest.fixture
+def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The adapter on a small fake of Triton's module."""
+
+    class TritonError(Exception):
+        INVALID_ARG, INTERNAL, CANCELLED = "INVALID_ARG", "INTERNAL", "CANCELLED"
+
+        def __init__(self, message: str, code: str) -> None:
+            super().__init__(message)
+            self.code = code
+
+    fake: Any = ModuleType("triton_python_backend_utils")
+    fake.TritonError = TritonError
+    fake.Tensor = lambda name, data: (name, data)
+    fake.InferenceResponse = lambda outputs=(), error=None: SimpleNamespace(
+        outputs=dict(outputs), error=error
+    )
+    fake.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
+    fake.Logger = SimpleNamespace(log_error=lambda message: None)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    from tritonrank_server import triton
+
+    yield triton
+    del sys.modules[triton.__name__]
+
+
+def request(cancelled: bool = False, **tensors: Any) -> SimpleNamespace:
+    wrapped = {name: SimpleNamespace(as_numpy=lambda v=value: v) for name, value in tensors.items()}
+    return SimpleNamespace(tensors=wrapped, is_cancelled=lambda: cancelled)
+
+
+def column(*values: float) -> np.ndarray:
+    return np.float32(values)[:, None]
+
+
+def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> None:
+    model = adapter.SorterModel()
+    good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
+    answers = model.execute(
+        [
+            request(**good),
+            request(**good, TOP_K=np.int32([0])),
+            request(logits=column(np.nan), scores=column(np.nan)),
+            request(**good, cancelled=True),
+            request(logits=None),
+            request(**good, TOP_K=np.int32([1])),
+        ]
+    )
+    codes = [answer.error and answer.error.code for answer in answers]
+    assert codes == [None, "INVALID_ARG", "INTERNAL", "CANCELLED", "INTERNAL", None]
+    assert answers[0].outputs["INDICES"].tolist() == [1, 0]
+    assert answers[5].outputs["INDICES"].tolist() == [1]
+    assert "the server failed" in str(answers[4].error)
+
+
+def test_a_stage_that_fails_answers_every_good_request(adapter: ModuleType) -> None:
+    class Broken(adapter.SorterModel):  # type: ignore[name-defined,misc]
+        def run(self, batch: Any) -> Any:
+            raise MemoryError
+
+    good = {"logits": column(1), "scores": column(0.1)}
+    answers = Broken().execute([request(**good), request(**good, TOP_K=np.int32([0]))])
+    assert [answer.error.code for answer in answers] == ["INTERNAL", "INVALID_ARG"]
