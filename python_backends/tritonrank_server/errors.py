@@ -1,4 +1,4 @@
-"""What can be wrong with a request, in words that a client may see."""
+"""What can be wrong with a request or a checkpoint, in words that its sender may see."""
 
 
 class InvalidInput(ValueError):
@@ -7,3 +7,11 @@ class InvalidInput(ValueError):
 
 class InvalidOutput(ArithmeticError):
     """The graph's answer cannot be ranked: it holds NaN or infinity."""
+
+
+class UnsupportedCheckpoint(ValueError):
+    """The checkpoint cannot be exported; the message names what is not known or not there."""
+
+
+class ExportRefused(RuntimeError):
+    """The exported graph differs from its FP32 reference by more than its precision may."""

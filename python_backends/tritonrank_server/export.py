@@ -1,0 +1,237 @@
+"""``tritonrank export``: a checkpoint → a checked graph, published into the model repository.
+
+What is published is one folder with the graph, the tokenizer and ``export.json``. The version
+folders of the models link into ``cross_encoder/current``, itself a link to that folder, so one
+rename changes all of it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from . import default_model
+from .assets import AssetError
+from .cross_encoder import CrossEncoder
+from .errors import ExportRefused, UnsupportedCheckpoint
+from .graph import Source
+from .pipeline import Pipeline
+from .tokenizer import PairTokenizer
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an exported graph is from its FP32 reference, over the queries of the sample.
+
+    Attributes:
+        logit_error: the largest absolute difference of a logit.
+        relative_error: that, as a share of the range of the reference's logits.
+        kendall_tau: Kendall's τ of the two rankings of a query, mean over queries.
+        top_5_overlap: the share of the reference's best five among the graph's, mean over queries.
+    """
+
+    logit_error: float
+    relative_error: float
+    kendall_tau: float
+    top_5_overlap: float
+
+
+#: What a precision may cost: (attribute, limit, whether the limit is a ceiling). FP32 computes the
+#: same numbers in another order. FP16 keeps 11 bits of each. INT8 moves logits visibly, so there it
+#: is the ranking that must hold.
+LIMITS = {
+    "fp32": [("logit_error", 1e-4, True)],
+    "fp16": [("relative_error", 0.01, True), ("kendall_tau", 0.97, False)],
+    "int8": [("relative_error", 0.10, True), ("kendall_tau", 0.85, False)],
+}
+
+
+def export(model: str, precision: str, repository: Path) -> Path:
+    """Exports a checkpoint, checks it, and publishes it; what was published before stays till then.
+
+    Args:
+        model: a hub id, a local folder, or ``default``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        repository: the model repository.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        UnsupportedCheckpoint: the checkpoint cannot be had or is of an unknown kind.
+        ExportRefused: the graph is too far from its FP32 reference.
+        AssetError: the default model could not be downloaded.
+    """
+    with _staging(repository / "cross_encoder") as folder:
+        _say(f"Exporting {model} as {precision} …")
+        source = _source(model, precision)
+        onnx.save(source.graph, folder / "model.onnx")
+        source.tokenizer.save(str(folder / "tokenizer.json"))
+        _say("Checking it against FP32 …")
+        difference = _compare(folder, source)
+        _refuse_beyond_limits(difference, precision)
+        _write_card(folder, source, precision, difference)
+        published = _publish(folder)
+    _say(
+        f"Published {published}: Kendall's τ {difference.kendall_tau:.3f}, "
+        f"largest logit error {difference.logit_error:.2g}"
+    )
+    return published
+
+
+def _source(model: str, precision: str) -> Source:
+    if model == "default" and precision == "int8":
+        return default_model.int8_source()
+    # Only here, so that the default model needs neither torch nor transformers.
+    from . import checkpoint
+
+    if model != "default":
+        return checkpoint.load(model, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        default_model.write_checkpoint(Path(folder))
+        return checkpoint.load(folder, precision)
+
+
+def _compare(folder: Path, source: Source) -> Difference:
+    lines = (files(__package__) / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    requests = [json.loads(line) for line in lines]
+    documents = max(len(request["documents"]) for request in requests)
+    exported = Pipeline(
+        PairTokenizer(folder / "tokenizer.json", documents), CrossEncoder(folder / "model.onnx")
+    )
+    pairs = []
+    for request in requests:
+        expected = source.reference(request["query"], request["documents"])
+        ranking = exported.rank(request["query"], request["documents"])
+        pairs.append((expected, ranking.logits[np.argsort(ranking.indices)]))
+    error = max(float(np.abs(expected - actual).max()) for expected, actual in pairs)
+    every = np.concatenate([expected for expected, _ in pairs])
+    return Difference(
+        logit_error=error,
+        relative_error=error / float(np.ptp(every)),
+        kendall_tau=float(np.mean([_kendall_tau(*pair) for pair in pairs])),
+        top_5_overlap=float(np.mean([_overlap(*pair, 5) for pair in pairs])),
+    )
+
+
+def _kendall_tau(a: Float32, b: Float32) -> float:
+    """Concordant less discordant pairs, over all pairs (Kendall 1938; real logits have no ties)."""
+    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
+    return float(np.mean(signs))
+
+
+def _overlap(a: Float32, b: Float32, k: int) -> float:
+    best_a, best_b = (set(np.argsort(-logits, kind="stable")[:k].tolist()) for logits in (a, b))
+    return len(best_a & best_b) / k
+
+
+def _refuse_beyond_limits(difference: Difference, precision: str) -> None:
+    for attribute, limit, ceiling in LIMITS[precision]:
+        value = getattr(difference, attribute)
+        # Written so that NaN is beyond any limit.
+        if not (value <= limit if ceiling else value >= limit):
+            raise ExportRefused(
+                f"{precision} is too far from FP32: {attribute} is {value:.3g}, and the limit is "
+                f"{limit:g}. Nothing was published; use a higher --precision"
+            )
+
+
+def _write_card(folder: Path, source: Source, precision: str, difference: Difference) -> None:
+    published = ("model.onnx", "tokenizer.json")
+    libraries = ("onnx", "onnxruntime", "tokenizers")
+    card = {
+        "checkpoint": source.name,
+        "precision": precision,
+        "max_length": source.tokenizer.truncation["max_length"],
+        **source.provenance,
+        **{name: version(name) for name in libraries},
+        "sha256": {name: _sha256(folder / name) for name in published},
+        "difference_from_fp32": asdict(difference),
+    }
+    (folder / "export.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _staging(models: Path) -> Iterator[Path]:
+    """A folder beside the published ones, gone after an export that was not published."""
+    for left_by_a_killed_export in models.glob(".staging-*"):
+        shutil.rmtree(left_by_a_killed_export)
+    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=models))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(staging: Path) -> Path:
+    """Puts the staged folder in the place of the published one, which is kept for going back."""
+    models = staging.parent
+    for path in staging.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file)
+    digest = _sha256(staging / "export.json")[:12]
+    folder, current = models / f"export-{digest}", models / "current"
+    staging.chmod(0o755)
+    if not folder.exists():
+        staging.rename(folder)
+    previous = current.resolve()
+    link = models / f".current-{os.getpid()}"
+    link.symlink_to(folder.name)
+    link.replace(current)
+    for older in models.glob("export-*"):
+        if older not in (folder, previous):
+            shutil.rmtree(older)
+    return folder
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``tritonrank export``."""
+    parser = argparse.ArgumentParser(
+        prog="tritonrank export",
+        description="Export a checkpoint, check it against FP32, and publish it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", default="default", help="hub id, folder, or 'default'")
+    parser.add_argument(
+        "--precision", choices=LIMITS, default="int8", help="int8 for a CPU, fp16 for a GPU"
+    )
+    parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
+    arguments = parser.parse_args(argv)
+    # As an exception, so that what is staged is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        export(arguments.model, arguments.precision, arguments.model_repository)
+    except (AssetError, ExportRefused, UnsupportedCheckpoint) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

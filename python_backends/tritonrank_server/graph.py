@@ -1,0 +1,135 @@
+"""The ragged graph: what is put before and after a model's body so that it takes no padding.
+
+Every exported graph has the same inputs and outputs, whatever the checkpoint:
+
+    input_ids INT32 [T'], lengths INT32 [N, 1], query_lengths INT32 [N, 1]
+    → logits FP32 [N, 1], scores FP32 [N, 1]
+
+``input_ids`` are the rows of all documents, flattened, with -1 where a row is short. The prefix
+drops the -1 and finds each document by ``lengths``; all that depends on the data is in it, so that
+a body has plain inputs only. The suffix computes the scores, in FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import compose, parser
+from tokenizers import Tokenizer
+
+#: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
+#: stands at each place of the padded form, 0 where ``mask`` is false.
+_COMMON = """
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    no_token = Constant <value = int32 {0}> ()
+    is_real = GreaterOrEqual (input_ids, no_token)
+    real_ids = Compress <axis = 0> (input_ids, is_real)
+    packed_ids = Cast <to = 7> (real_ids)
+    size = Cast <to = 7> (lengths)
+    query_size = Cast <to = 7> (query_lengths)
+    longest = ReduceMax <keepdims = 0> (size)
+    place = Range (zero, longest, one)
+    mask = Less (place, size)
+    end = CumSum (size, zero)
+    start = Sub (end, size)
+    unbounded = Add (start, place)
+    slots = Where (mask, unbounded, zero)
+    beyond_query = GreaterOrEqual (place, query_size)
+    in_document = And (beyond_query, mask)
+    padded_types = Cast <to = 7> (in_document)
+"""
+
+_PADDED = f"""
+ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
+    => (int64[n, l] padded_ids, int64[n, l] padded_mask, int64[n, l] padded_types)
+{{{_COMMON}
+    gathered = Gather <axis = 0> (packed_ids, slots)
+    padded_ids = Where (mask, gathered, zero)
+    padded_mask = Cast <to = 7> (mask)
+}}
+"""
+
+_PACKED = f"""
+ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
+    => (int64[t] packed_ids, int64[t] packed_types, int64[t] packed_positions, int64[n, l] slots,
+        bool[n, l] mask, int64[t] unslots, int64[n] first)
+{{{_COMMON}
+    flat = Constant <value = int64[1] {{-1}}> ()
+    flat_mask = Reshape (mask, flat)
+    flat_types = Reshape (padded_types, flat)
+    packed_types = Compress <axis = 0> (flat_types, flat_mask)
+    no_size = Sub (size, size)
+    padded_positions = Add (place, no_size)
+    flat_positions = Reshape (padded_positions, flat)
+    packed_positions = Compress <axis = 0> (flat_positions, flat_mask)
+    places = Size (mask)
+    every_place = Range (zero, places, one)
+    unslots = Compress <axis = 0> (every_place, flat_mask)
+    first = Reshape (start, flat)
+}}
+"""
+
+_SUFFIX = """
+activation (float[n, 1] raw) => (float[n, 1] logits, float[n, 1] scores)
+{
+    logits = Cast <to = 1> (raw)
+    scores = %s (logits)
+}
+"""
+
+#: A body's inputs, in the order of the prefix's outputs.
+PADDED_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PACKED_INPUTS = ("input_ids", "token_type_ids", "positions", "slots", "mask", "unslots", "first")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint made ready for publishing.
+
+    Attributes:
+        name: the checkpoint, as the user named it.
+        graph: the ragged graph, at the wanted precision.
+        tokenizer: with truncation at the model's max length, and without padding.
+        reference: query and documents → FP32 [N], the logits of the checkpoint's own FP32 model.
+        provenance: what else is worth knowing of where this comes from.
+    """
+
+    name: str
+    graph: onnx.ModelProto
+    tokenizer: Tokenizer
+    reference: Callable[[str, list[str]], npt.NDArray[np.float32]]
+    provenance: dict[str, str]
+
+
+def ragged(body: onnx.ModelProto, activation: str) -> onnx.ModelProto:
+    """The body between prefix and suffix.
+
+    Args:
+        body: a graph with the inputs ``PADDED_INPUTS`` or ``PACKED_INPUTS`` and one output, FP32 or
+            FP16 [N, 1].
+        activation: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
+    """
+    names = {value.name for value in body.graph.input}
+    text, inputs = (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
+    prefix, suffix = _parse(text, body), _parse(_SUFFIX % activation, body)
+    fed = [value.name for value in prefix.graph.output]
+    model = compose.merge_models(
+        prefix, body, io_map=list(zip(fed, inputs, strict=True)), prefix2="body/"
+    )
+    model = compose.merge_models(model, suffix, io_map=[(model.graph.output[0].name, "raw")])
+    # Merging names the operator set once for each part.
+    del model.opset_import[:]
+    model.opset_import.extend(body.opset_import)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _parse(text: str, body: onnx.ModelProto) -> onnx.ModelProto:
+    """A part in the versions of the body, as merging asks for."""
+    [opset] = [each.version for each in body.opset_import if not each.domain]
+    return parser.parse_model(f'<ir_version: {body.ir_version}, opset_import: ["": {opset}]>{text}')

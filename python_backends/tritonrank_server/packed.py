@@ -1,0 +1,148 @@
+"""A checkpoint's own layers on packed tokens, as the body of the ragged graph.
+
+Hidden states are [1, T, hidden] with T real tokens, so every linear layer, normalisation and
+activation runs on no padding. Attention alone needs the documents apart: queries, keys and values
+are gathered into [N, heads, L, d], and its output is gathered back. It is put in by transformers'
+attention interface, so the layers are the checkpoint's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .graph import PACKED_INPUTS
+
+#: How each architecture numbers positions: from 0, or RoBERTa's way, after the padding id.
+ROBERTA = {
+    "CamembertForSequenceClassification",
+    "RobertaForSequenceClassification",
+    "XLMRobertaForSequenceClassification",
+}
+SUPPORTED = {"BertForSequenceClassification", "ElectraForSequenceClassification", *ROBERTA}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    slots: Tensor,
+    mask: Tensor,
+    unslots: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each document: [1, heads, T, d] three times → [1, T, heads, d].
+
+    The softmax is in FP32, where the scores of an FP16 model cannot overflow.
+    """
+    query, key, value = (
+        states[0].transpose(0, 1)[slots].transpose(1, 2)  # [N, heads, L, d]
+        for states in (query, key, value)
+    )
+    scores = (query * scaling) @ key.transpose(2, 3)  # [N, heads, L, L]
+    # Half of FP32's lowest: what a score adds cannot make it infinite.
+    hidden = torch.finfo(torch.float32).min / 2
+    scores = scores.float().masked_fill(~mask[:, None, None, :], hidden)
+    attended = scores.softmax(-1).to(value.dtype) @ value
+    return attended.transpose(1, 2).flatten(0, 1)[unslots][None], None
+
+
+AttentionInterface.register("tritonrank_packed", packed_attention)
+
+
+class PackedCrossEncoder(nn.Module):
+    """The checkpoint's embeddings, layers and head on the inputs ``graph.PACKED_INPUTS``.
+
+    Args:
+        model: one of ``SUPPORTED``, with one label.
+        token_types: whether the model tells the document from the query by token types.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_types: bool) -> None:
+        super().__init__()
+        model.set_attn_implementation("tritonrank_packed")
+        self.model = model
+        self.roberta = type(model).__name__ in ROBERTA
+        self.token_types = token_types
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+        unslots: Tensor,
+        first: Tensor,
+    ) -> Tensor:
+        """Logits [N, 1] of T tokens in N documents of at most L tokens."""
+        base = self.model.base_model
+        if self.roberta:
+            positions = self._roberta_positions(input_ids, slots, mask, unslots)
+        if not self.token_types:
+            token_type_ids = torch.zeros_like(token_type_ids)
+        hidden = base.embeddings(
+            input_ids=input_ids[None],
+            token_type_ids=token_type_ids[None],
+            position_ids=positions[None],
+        )
+        if hasattr(base, "embeddings_project"):  # ELECTRA with small embeddings
+            hidden = base.embeddings_project(hidden)
+        hidden = base.encoder(
+            hidden, attention_mask=None, slots=slots, mask=mask, unslots=unslots
+        ).last_hidden_state
+        first_rows = hidden[0][first][:, None]  # [N, 1, hidden]
+        pooler = getattr(base, "pooler", None)
+        logits: Tensor = self.model.classifier(pooler(first_rows) if pooler else first_rows)
+        return logits
+
+    def _roberta_positions(
+        self, input_ids: Tensor, slots: Tensor, mask: Tensor, unslots: Tensor
+    ) -> Tensor:
+        """RoBERTa's own numbering, in which a padding token in the text has no number."""
+        padding = self.model.config.pad_token_id
+        counted = input_ids != padding
+        running = (counted[slots] & mask).cumsum(1).flatten()[unslots]
+        return running * counted + padding
+
+
+def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
+    """The packed body as ONNX, in the dtype of the model's weights."""
+    lengths = torch.tensor([5, 3, 7])
+    tokens, longest = int(lengths.sum()), int(lengths.max())
+    place = torch.arange(longest)
+    mask = place < lengths[:, None]
+    first = lengths.cumsum(0) - lengths
+    example = (
+        torch.full((tokens,), 2),
+        torch.zeros(tokens, dtype=torch.long),
+        place.expand(len(lengths), -1)[mask],
+        (first[:, None] + place) * mask,
+        mask,
+        mask.flatten().nonzero()[:, 0],
+        first,
+    )
+    packed, documents, padded = {0: "t"}, {0: "n"}, {0: "n", 1: "l"}
+    axes = (packed, packed, packed, padded, padded, packed, documents)
+    with torch.inference_mode():
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            input_names=PACKED_INPUTS,
+            output_names=["logits"],
+            dynamic_shapes=tuple(
+                {axis: torch.export.Dim(name) for axis, name in each.items()} for each in axes
+            ),
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model_proto
