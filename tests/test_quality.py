@@ -49,5 +49,7 @@ def test_fp32(fp32_repository: Path) -> None:
 
 def test_int8_through_the_server(int8_server: EmbeddedServer) -> None:
     with RerankClient(int8_server.grpc_url, timeout=60) as client:
-        value = ndcg_at_10(lambda query, texts: [each.index for each in client.rank(query, texts, 10)])
+        value = ndcg_at_10(
+            lambda query, texts: [each.index for each in client.rank(query, texts, 10)]
+        )
     assert value == pytest.approx(0.7216, abs=0.005)

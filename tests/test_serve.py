@@ -132,5 +132,5 @@ def test_rank_from_the_shell(int8_server: EmbeddedServer) -> None:
     )
     ranking = json.loads(done.stdout)
     assert done.returncode == 0
-    assert [each["document"] for each in ranking][0] == "차"
+    assert ranking[0]["document"] == "차"
     assert len(ranking) == 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonrank_server
 from conftest import MAX_DOCUMENTS
 from tritonrank_server.cross_encoder import Relevance
 from tritonrank_server.errors import InvalidInput, InvalidOutput
@@ -45,9 +46,7 @@ def test_only_the_document_is_cut(tokenizer: PairTokenizer) -> None:
 
 
 @pytest.mark.parametrize(("words", "kept"), [(254, 254), (255, 254), (512, 254)])
-def test_a_query_is_cut_beyond_its_share(
-    tokenizer: PairTokenizer, words: int, kept: int
-) -> None:
+def test_a_query_is_cut_beyond_its_share(tokenizer: PairTokenizer, words: int, kept: int) -> None:
     [tokens] = tokenizer.encode([tokenizer.read(b"tea " * words, [b"green " * 1000])])
     assert tokens.query_lengths.tolist() == [kept + 2]
     assert tokens.lengths.tolist() == [512]
@@ -71,7 +70,9 @@ def test_rank_sorts_by_logit_and_ties_by_index() -> None:
     assert ranking.indices.dtype == np.int32
 
 
-@pytest.mark.parametrize(("top_k", "expected"), [(1, [1]), (2, [1, 0]), (9, [1, 0]), (None, [1, 0])])
+@pytest.mark.parametrize(
+    ("top_k", "expected"), [(1, [1]), (2, [1, 0]), (9, [1, 0]), (None, [1, 0])]
+)
 def test_rank_top_k(top_k: int | None, expected: list[int]) -> None:
     assert rank(relevance(1, 2), top_k).indices.tolist() == expected
 
@@ -105,7 +106,9 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     from tritonrank_server import triton
 
     yield triton
-    del sys.modules[triton.__name__]
+    # So that the next test imports it on its own fake.
+    monkeypatch.delitem(sys.modules, triton.__name__)
+    monkeypatch.delattr(tritonrank_server, "triton")
 
 
 def request(cancelled: bool = False, **tensors: Any) -> SimpleNamespace:

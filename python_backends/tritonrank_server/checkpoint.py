@@ -43,6 +43,7 @@ def load(name: str, precision: str) -> Source:
         UnsupportedCheckpoint: it cannot be had, or is of a kind that is not known here; the message
             says which.
     """
+    transformers.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name)
         _check_config(config)
@@ -53,13 +54,15 @@ def load(name: str, precision: str) -> Source:
         raise UnsupportedCheckpoint(f"cannot load {name}: {reason}") from error
     model.eval()
     _check_size(model, precision)
-    backend = _backend_tokenizer(tokenizer, model)
+    max_length = _max_length(tokenizer, model)
+    backend = _backend_tokenizer(tokenizer, max_length)
     token_types = _uses_token_types(backend, config)
     return Source(
         name=name,
         graph=_graph(model, token_types, precision, _activation(config)),
         tokenizer=backend,
-        reference=_reference(name, tokenizer, backend.truncation["max_length"]),
+        max_length=max_length,
+        reference=_reference(name, tokenizer, max_length),
         provenance={
             "architecture": type(model).__name__,
             "weights": f"sha256 {_hash(model)}",
@@ -73,7 +76,7 @@ def _check_config(config: PretrainedConfig) -> None:
     [architecture] = config.architectures or ["none"]
     if architecture not in SUPPORTED:
         raise UnsupportedCheckpoint(
-            f"architecture {architecture} is not supported: use one of {', '.join(sorted(SUPPORTED))}"
+            f"{architecture} is not supported: use one of {', '.join(sorted(SUPPORTED))}"
         )
     if config.num_labels != 1:
         raise UnsupportedCheckpoint(
@@ -96,16 +99,20 @@ def _check_size(model: PreTrainedModel, precision: str) -> None:
         )
 
 
-def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tokenizer:
-    """The tokenizer itself, cutting documents at the model's own max length."""
-    if not tokenizer.is_fast:
-        raise UnsupportedCheckpoint(f"{type(tokenizer).__name__} has no tokenizer.json")
+def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     positions: int = model.config.max_position_embeddings
     if type(model).__name__ in ROBERTA:
         positions -= model.config.pad_token_id + 1
+    return min(positions, int(tokenizer.model_max_length))
+
+
+def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
+    """The tokenizer itself, cutting documents at the max length."""
+    if not tokenizer.is_fast:
+        raise UnsupportedCheckpoint(f"{type(tokenizer).__name__} has no tokenizer.json")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
-    backend.enable_truncation(min(positions, tokenizer.model_max_length), strategy="only_second")
+    backend.enable_truncation(max_length, strategy="only_second")
     return backend
 
 

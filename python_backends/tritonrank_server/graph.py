@@ -95,6 +95,7 @@ class Source:
         name: the checkpoint, as the user named it.
         graph: the ragged graph, at the wanted precision.
         tokenizer: with truncation at the model's max length, and without padding.
+        max_length: the most tokens of a pair.
         reference: query and documents → FP32 [N], the logits of the checkpoint's own FP32 model.
         provenance: what else is worth knowing of where this comes from.
     """
@@ -102,6 +103,7 @@ class Source:
     name: str
     graph: onnx.ModelProto
     tokenizer: Tokenizer
+    max_length: int
     reference: Callable[[str, list[str]], npt.NDArray[np.float32]]
     provenance: dict[str, str]
 
@@ -115,7 +117,9 @@ def ragged(body: onnx.ModelProto, activation: str) -> onnx.ModelProto:
         activation: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
     """
     names = {value.name for value in body.graph.input}
-    text, inputs = (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
+    text, inputs = (
+        (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
+    )
     prefix, suffix = _parse(text, body), _parse(_SUFFIX % activation, body)
     fed = [value.name for value in prefix.graph.output]
     model = compose.merge_models(

@@ -8,6 +8,8 @@ attention interface, so the layers are the checkpoint's own code.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import onnx
@@ -111,7 +113,8 @@ class PackedCrossEncoder(nn.Module):
         padding = self.model.config.pad_token_id
         counted = input_ids != padding
         running = (counted[slots] & mask).cumsum(1).flatten()[unslots]
-        return running * counted + padding
+        positions: Tensor = running * counted + padding
+        return positions
 
 
 def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
@@ -132,17 +135,20 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
     )
     packed, documents, padded = {0: "t"}, {0: "n"}, {0: "n", 1: "l"}
     axes = (packed, packed, packed, padded, padded, packed, documents)
-    with torch.inference_mode():
+    shapes = tuple({axis: torch.export.Dim(name) for axis, name in each.items()} for each in axes)
+    # The exporter warns of what it does itself, and of torchvision, which has no part in this.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
             example,
             input_names=PACKED_INPUTS,
             output_names=["logits"],
-            dynamic_shapes=tuple(
-                {axis: torch.export.Dim(name) for axis, name in each.items()} for each in axes
-            ),
+            dynamic_shapes=shapes,
             opset_version=18,
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # Only without dynamo.
     return program.model_proto

@@ -41,7 +41,7 @@ class Settings:
     """What to serve, and where. Port 0 takes any free port.
 
     Attributes:
-        model_repository: the folder with ``reranker``, ``tokenizer``, ``cross_encoder``, ``sorter``.
+        model_repository: the folder with ``reranker`` and the models of its stages.
         log: where Triton's log goes; default, this process's standard error.
     """
 

@@ -72,7 +72,10 @@ class PairTokenizer:
 
     def __init__(self, path: Path, max_documents: int) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
-        self._max_length: int = self._tokenizer.truncation["max_length"]
+        truncation = self._tokenizer.truncation
+        if truncation is None:
+            raise ValueError(f"{path} has no truncation, which is to say no max length")
+        self._max_length: int = truncation["max_length"]
         self._max_documents = max_documents
         self._max_characters = CHARACTERS_PER_POSITION * self._max_length
         self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer)

@@ -1,0 +1,91 @@
+"""The asynchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from . import protocol
+from .connection import OPTIONS, TLS, target
+from .errors import from_rpc
+from .protocol import RankedDocument
+
+
+class AsyncRerankClient:
+    """``RerankClient`` for asyncio. A task that is cancelled cancels its request on the server.
+
+    Args:
+        url: ``HOST:PORT``, or several; calls go round the servers that are up.
+        timeout: seconds that a call may take, retries included.
+        tls: transport security; default, none.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str] = "127.0.0.1:8001",
+        *,
+        timeout: float = 10.0,
+        tls: TLS | None = None,
+    ) -> None:
+        self._timeout = timeout
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target(url), OPTIONS)
+        else:
+            options = [*OPTIONS, *tls.options()]
+            self._channel = grpc.aio.secure_channel(target(url), tls.credentials(), options)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._limit: int | None = None
+
+    async def __aenter__(self) -> AsyncRerankClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the channel; calls that still run are cancelled."""
+        await self._channel.close()
+
+    async def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        timeout: float | None = None,
+    ) -> list[RankedDocument]:
+        """Ranks the documents; see ``RerankClient.rank``."""
+        protocol.check(documents, top_k)
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        try:
+            parts = protocol.split(documents, await self._document_limit(deadline))
+            requests = [protocol.request(query, texts, top_k) for _, texts in parts]
+            calls = [
+                self._stub.ModelInfer(each, timeout=deadline - time.monotonic())
+                for each in requests
+            ]
+            try:
+                responses = await asyncio.gather(*calls)
+            finally:  # Does nothing to a call that is done.
+                for call in calls:
+                    call.cancel()
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
+        return protocol.merge(rankings, top_k)
+
+    async def _document_limit(self, deadline: float) -> int:
+        if self._limit is None:
+            remaining = deadline - time.monotonic()
+            answer = await self._stub.ModelConfig(protocol.LIMIT_REQUEST, timeout=remaining)
+            self._limit = answer.config.max_batch_size
+        return self._limit

@@ -1,0 +1,106 @@
+"""The ``tritonrank`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+
+from .client import RerankClient
+from .errors import RerankError
+from .table import format_table
+
+#: Commands of the server side, by the extra that they need. The client installs without them.
+SERVER_COMMANDS = {
+    "serve": ("serving", "serve the model repository with the embedded Triton"),
+    "export": ("export", "export a checkpoint into the model repository"),
+    "demo": ("serving", "rank a sample with the embedded Triton"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; gives the exit status: 0, or 1 after one line on standard error."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in SERVER_COMMANDS:
+        return _server_command(*arguments)
+    try:
+        return _rank(_parser().parse_args(arguments))
+    except (RerankError, OSError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):  # The reader, `head` say, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _server_command(name: str, *arguments: str) -> int:
+    extra, _ = SERVER_COMMANDS[name]
+    try:
+        module = importlib.import_module(f"tritonrank_server.{name}")
+        status: int = module.main(list(arguments))
+    except ModuleNotFoundError as error:
+        print(
+            f"tritonrank: {name} needs the package {error.name}: pip install 'tritonrank[{extra}]'",
+            file=sys.stderr,
+        )
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tritonrank", description="Rerank documents on Triton.")
+    parser.add_argument("--version", action="version", version=version("tritonrank"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    rank = commands.add_parser(
+        "rank",
+        help="rank the lines of a file by a query",
+        description="Rank the lines of a file by a query. An empty line is an empty document, so "
+        "that an index is always the number of the line, from 0.",
+    )
+    rank.add_argument("query")
+    rank.add_argument(
+        "file", nargs="?", default="-", help="one document a line; - is standard input"
+    )
+    rank.add_argument("--top-k", type=int, metavar="K", help="print the best K only")
+    rank.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    rank.add_argument(
+        "--url",
+        action="append",
+        metavar="HOST:PORT",
+        help="gRPC address of the server, more than once for several (default 127.0.0.1:8001)",
+    )
+    rank.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    for name, (_, text) in SERVER_COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    documents = _lines(arguments.file)
+    with RerankClient(arguments.url or "127.0.0.1:8001", timeout=arguments.timeout) as client:
+        ranking = client.rank(arguments.query, documents, arguments.top_k)
+    if arguments.json:
+        print(json.dumps([asdict(each) for each in ranking], ensure_ascii=False, indent=2))
+    else:
+        print(format_table(ranking))
+    sys.stdout.flush()
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    """The documents. Not str.splitlines, which also splits at characters inside a line."""
+    if path == "-":
+        content = sys.stdin.buffer.read()
+    else:
+        with open(path, "rb") as file:
+            content = file.read()
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.decode("utf-8").rstrip("\r") for line in lines]

@@ -1,0 +1,106 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from . import protocol
+from .connection import OPTIONS, TLS, target
+from .errors import from_rpc
+from .protocol import RankedDocument
+
+
+class RerankClient:
+    """Ranks documents on one or more servers, over one channel that all calls and threads share.
+
+    Args:
+        url: ``HOST:PORT``, or several; calls go round the servers that are up.
+        timeout: seconds that a call may take, retries included.
+        tls: transport security; default, none.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str] = "127.0.0.1:8001",
+        *,
+        timeout: float = 10.0,
+        tls: TLS | None = None,
+    ) -> None:
+        self._timeout = timeout
+        if tls is None:
+            self._channel = grpc.insecure_channel(target(url), OPTIONS)
+        else:
+            options = [*OPTIONS, *tls.options()]
+            self._channel = grpc.secure_channel(target(url), tls.credentials(), options)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._limit: int | None = None
+
+    def __enter__(self) -> RerankClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the channel; calls that still run are cancelled."""
+        self._channel.close()
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        timeout: float | None = None,
+    ) -> list[RankedDocument]:
+        """Ranks the documents by how well they answer the query, best first.
+
+        More documents than a request may have are split, scored concurrently and merged.
+
+        Args:
+            query: not blank.
+            documents: one or more; an empty string is one.
+            top_k: how many to return, 1 or more; default, all.
+            timeout: seconds, in place of the client's own.
+
+        Raises:
+            InvalidRequestError: the server refused the request, and says why.
+            ServerUnavailableError: no server answered, or all were too busy.
+            RerankTimeoutError: the deadline passed.
+            RerankError: any other failure.
+            TypeError: ``documents`` is one string.
+        """
+        protocol.check(documents, top_k)
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        try:
+            parts = protocol.split(documents, self._document_limit(deadline))
+            requests = [protocol.request(query, texts, top_k) for _, texts in parts]
+            calls = [
+                self._stub.ModelInfer.future(each, timeout=deadline - time.monotonic())
+                for each in requests
+            ]
+            try:
+                responses = [call.result() for call in calls]
+            finally:  # Does nothing to a call that is done.
+                for call in calls:
+                    call.cancel()
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
+        return protocol.merge(rankings, top_k)
+
+    def _document_limit(self, deadline: float) -> int:
+        if self._limit is None:
+            remaining = deadline - time.monotonic()
+            answer = self._stub.ModelConfig(protocol.LIMIT_REQUEST, timeout=remaining)
+            self._limit = answer.config.max_batch_size
+        return self._limit

@@ -1,0 +1,89 @@
+"""How a channel to the servers is set up, alike for both clients."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+#: gRPC's own balancing and retrying, with its own jitter. A retry is safe, since a ranking changes
+#: nothing on the server, and of use only where another try can succeed.
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": "inference.GRPCInferenceService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+}
+
+OPTIONS = [
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC keeps a request for its retries only up to this size, by default 256 KiB.
+    ("grpc.per_rpc_retry_buffer_size", 2**30),
+]
+
+
+@dataclass(frozen=True)
+class TLS:
+    """Transport security: PEM files, and for mutual TLS the client's own key and certificate.
+
+    Attributes:
+        root_certificates: who may vouch for the server; default, the system's.
+        private_key: the client's key.
+        certificate_chain: the client's certificate.
+        server_name: the name in the server's certificate, where it is not the host of the URL.
+    """
+
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    certificate_chain: Path | None = None
+    server_name: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """The files' content as gRPC takes it."""
+        paths = (self.root_certificates, self.private_key, self.certificate_chain)
+        return grpc.ssl_channel_credentials(*(path and Path(path).read_bytes() for path in paths))
+
+    def options(self) -> list[tuple[str, str]]:
+        """Channel options that go with the credentials."""
+        name = self.server_name
+        return [("grpc.ssl_target_name_override", name)] if name else []
+
+
+def target(url: str | Sequence[str]) -> str:
+    """GRPC's name for one endpoint, whose name may stand for many servers, or for several.
+
+    Args:
+        url: ``HOST:PORT``, or several of them. One name is looked up again by gRPC as servers come
+            and go; several are looked up once, here, since gRPC takes only addresses in a list.
+    """
+    urls = [url] if isinstance(url, str) else list(url)
+    if len(urls) == 1:
+        return f"dns:///{urls[0]}"
+    addresses = [address for each in urls for address in _addresses(each)]
+    version = ipaddress.ip_address(addresses[0].rpartition(":")[0].strip("[]")).version
+    return f"ipv{version}:{','.join(addresses)}"
+
+
+def _addresses(url: str) -> list[str]:
+    host, _, port = url.rpartition(":")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    # One family, since a list may not mix them: the first that the system prefers.
+    family = found[0][0]
+    form = "[{}]:{}" if family == socket.AF_INET6 else "{}:{}"
+    return [form.format(*address[:2]) for kind, *_, address in found if kind == family]

@@ -1,0 +1,105 @@
+"""The wire contract: requests and answers as protobuf messages, splitting, merging. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+#: The model whose batch size is the server's limit of documents.
+LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """One document of a ranking.
+
+    Attributes:
+        index: its position in the request's documents.
+        score: after the model's activation; for a sigmoid, between 0 and 1.
+        logit: before it; it tells documents apart where the scores are all near 1.
+        document: its text.
+    """
+
+    index: int
+    score: float
+    logit: float
+    document: str
+
+
+def check(documents: Sequence[str], top_k: int | None) -> None:
+    """Refuses what would reach the server as something else than was meant.
+
+    Raises:
+        TypeError: one string in place of a sequence of them, or a ``top_k`` that is no integer.
+    """
+    if isinstance(documents, (str, bytes)):
+        raise TypeError("documents is one string: pass a list of strings")
+    if top_k is not None and not isinstance(top_k, (int, np.integer)):
+        raise TypeError(f"top_k is of type {type(top_k).__name__}: pass an int or None")
+
+
+def split(documents: Sequence[str], limit: int) -> list[tuple[int, Sequence[str]]]:
+    """Parts of even size within the limit, each with the index that it starts at.
+
+    No document gives one empty part: it is for the server to refuse it.
+    """
+    parts = max(1, -(-len(documents) // limit))
+    size, longer = divmod(len(documents), parts)
+    ends = accumulate([size + (i < longer) for i in range(parts)], initial=0)
+    return [(start, documents[start:end]) for start, end in pairwise(ends)]
+
+
+def request(
+    query: str, documents: Sequence[str], top_k: int | None
+) -> service_pb2.ModelInferRequest:
+    """One call of the ensemble.
+
+    Raises:
+        UnicodeEncodeError: a text holds half of a surrogate pair, which UTF-8 has no form for.
+    """
+    message = service_pb2.ModelInferRequest(model_name="reranker")
+    _add(message, "QUERY", "BYTES", 1, _strings([query]))
+    _add(message, "DOCUMENTS", "BYTES", len(documents), _strings(documents))
+    if top_k is not None:
+        # Beyond INT32 is beyond any number of documents.
+        within = np.clip(top_k, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+        _add(message, "TOP_K", "INT32", 1, np.array(within, "<i4").tobytes())
+    return message
+
+
+def _add(
+    message: service_pb2.ModelInferRequest, name: str, datatype: str, size: int, raw: bytes
+) -> None:
+    message.inputs.add(name=name, datatype=datatype, shape=[size])
+    message.raw_input_contents.append(raw)
+
+
+def _strings(texts: Sequence[str]) -> bytes:
+    """BYTES on the wire: before each element its size, as 4 bytes, little-endian."""
+    encoded = [text.encode("utf-8") for text in texts]
+    return b"".join(part for each in encoded for part in (len(each).to_bytes(4, "little"), each))
+
+
+def ranking(
+    response: service_pb2.ModelInferResponse, start: int, documents: Sequence[str]
+) -> list[RankedDocument]:
+    """The ranking of the part that starts at index ``start``."""
+    raw = dict(zip((each.name for each in response.outputs), response.raw_output_contents))
+    columns = (
+        np.frombuffer(raw[name], dtype).tolist()
+        for name, dtype in (("INDICES", "<i4"), ("SCORES", "<f4"), ("LOGITS", "<f4"))
+    )
+    return [
+        RankedDocument(start + index, score, logit, documents[index])
+        for index, score, logit in zip(*columns)
+    ]
+
+
+def merge(rankings: Iterable[list[RankedDocument]], top_k: int | None) -> list[RankedDocument]:
+    """One ranking of all parts: by logit, descending, ties by index."""
+    every = (document for ranking in rankings for document in ranking)
+    return sorted(every, key=lambda each: (-each.logit, each.index))[:top_k]
