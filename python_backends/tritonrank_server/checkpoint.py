@@ -56,7 +56,7 @@ def load(name: str, precision: str) -> Source:
     _check_size(model, precision)
     max_length = _max_length(tokenizer, model)
     backend = _backend_tokenizer(tokenizer, max_length)
-    token_types = _uses_token_types(backend, config)
+    token_types = _uses_token_types(tokenizer, config)
     return Source(
         name=name,
         graph=_graph(model, token_types, precision, _activation(config)),
@@ -116,10 +116,11 @@ def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> T
     return backend
 
 
-def _uses_token_types(tokenizer: Tokenizer, config: PretrainedConfig) -> bool:
+def _uses_token_types(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
     """Whether the document has token type 1; the graph tells it from the query by its place."""
-    pair = tokenizer.encode("a", "b")
-    if config.type_vocab_size < 2 or not any(pair.type_ids):
+    pair = tokenizer.backend_tokenizer.encode("a", "b")
+    given = "token_type_ids" in tokenizer.model_input_names and config.type_vocab_size > 1
+    if not given or not any(pair.type_ids):
         return False
     document = pair.sequence_ids.index(1)
     if pair.type_ids != [0] * document + [1] * (len(pair) - document):

@@ -1,0 +1,324 @@
+"""Small random checkpoints of each family, exported and compared with transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import new_repository, pipeline
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tritonrank_server import assets, default_model
+from tritonrank_server import export as module
+from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
+from tritonrank_server.export import export
+
+Sample = list[tuple[str, list[str]]]
+
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_labels": 1,
+    "initializer_range": 0.3,  # So that logits spread as a trained model's do.
+}
+
+
+def wordpiece(corpus: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        corpus, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
+def byte_level(corpus: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=500, special_tokens=special)
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def unigram(corpus: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return tokenizer
+
+
+BERT_TOKENS = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+ROBERTA_TOKENS = dict(pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>")
+FAMILIES: dict[str, tuple[str, Callable[[list[str]], Tokenizer], dict[str, str]]] = {
+    "bert": ("Bert", wordpiece, BERT_TOKENS),
+    "electra": ("Electra", wordpiece, BERT_TOKENS),
+    "roberta": ("Roberta", byte_level, ROBERTA_TOKENS),
+    "xlm-roberta": ("XLMRoberta", unigram, ROBERTA_TOKENS),
+}
+
+
+def write_checkpoint(folder: Path, family: str, sample: Sample, **changes: object) -> Path:
+    """A checkpoint of random weights with 64 positions to use."""
+    name, train, special = FAMILIES[family]
+    roberta = train is not wordpiece
+    corpus = [text for query, documents in sample for text in (query, *documents)]
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (not roberta)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train(corpus),
+        model_max_length=10**9,
+        model_input_names=inputs,
+        **special,
+    )
+    settings = SIZE | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 64 + 2 * roberta,
+        "type_vocab_size": 1 if roberta else 2,
+    }
+    if family == "electra":
+        settings["embedding_size"] = 16
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings | changes)
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return new_repository(tmp_path / "repository")
+
+
+def snapshot(repository: Path) -> dict[str, bytes | str]:
+    """Every file's content and every link's target."""
+    return {
+        str(path.relative_to(repository)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        for path in repository.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def reference(folder: Path, query: str, documents: list[str]) -> np.ndarray:
+    """Logits of transformers' own model, padded, with its own tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encoded = tokenizer(
+        [query] * len(documents),
+        documents,
+        padding=True,
+        truncation="only_second",
+        max_length=64,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        return model(**encoded).logits[:, 0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(
+    family: str, repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", family, sample)
+    export(str(checkpoint), "fp32", repository)
+    oracle = pipeline(repository)
+    query, documents = sample[1]
+    pad = FAMILIES[family][2]["pad_token"]
+    odd = ["", "a", f"{pad} in the {pad} middle", pad * 5, "udp " * 500, "ünïcödé 日本 🙂"]
+    texts = [*documents, *odd]
+    ranking = oracle.rank(query, texts)
+    expected = reference(checkpoint, query, texts)
+    assert np.ptp(expected) > 0.1
+    if family == "bert":  # Else the test would not see wrong token types.
+        assert "token_type_ids" in transformers.AutoTokenizer.from_pretrained(checkpoint)("a", "b")
+    actual = ranking.logits[np.argsort(ranking.indices)]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+    # The graph takes any number of documents at once, as Triton's own backend gives it.
+    np.testing.assert_allclose(in_one_run(repository, query, texts), expected, rtol=0, atol=1e-4)
+
+
+def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
+    import onnxruntime
+
+    tokenizer = pipeline(repository).tokenizer
+    [tokens] = tokenizer.encode([tokenizer.read(query.encode(), [t.encode() for t in texts])])
+    graph = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
+    feed = {
+        "input_ids": tokens.input_ids.ravel(),
+        "lengths": tokens.lengths[:, None],
+        "query_lengths": tokens.query_lengths[:, None],
+    }
+    return graph.run(["logits"], feed)[0][:, 0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precisions(precision: str, repository: Path, tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "xlm-roberta", sample)
+    folder = export(str(checkpoint), precision, repository)
+    card = json.loads((folder / "export.json").read_text())
+    assert card["precision"] == precision
+    assert card["max_length"] == 64
+    assert card["difference_from_fp32"]["logit_error"] > 0
+    ranking = pipeline(repository).rank(*sample[0])
+    assert ranking.scores.dtype == np.float32
+    expected = reference(checkpoint, *sample[0])[ranking.indices]
+    np.testing.assert_allclose(ranking.logits, expected, atol=0.05 * np.ptp(expected))
+
+
+def test_activation_comes_from_the_config(repository: Path, tmp_path: Path, sample: Sample) -> None:
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5"}
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", "bert", sample, sentence_transformers=identity
+    )
+    export(str(checkpoint), "fp32", repository)
+    ranking = pipeline(repository).rank(*sample[0])
+    assert ranking.scores.tolist() == ranking.logits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": 2}, "2 labels"),
+        ({"is_decoder": True}, "decoder"),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}},
+            "activation Tanh",
+        ),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    changes: dict[str, object], message: str, repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample, **changes)
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        export(str(checkpoint), "fp32", repository)
+
+
+def test_another_architecture_is_refused_by_name(repository: Path, tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedCheckpoint, match="GPT2ForSequenceClassification is not supp"):
+        export(str(tmp_path), "fp32", repository)
+
+
+def test_no_such_checkpoint_is_one_line(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path / "nowhere"), f"--model-repository={repository}"]
+    assert module.main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tritonrank: cannot load")
+
+
+def test_a_refused_export_leaves_what_was_there(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export("default", "int8", repository)
+    before = snapshot(repository)
+    monkeypatch.setitem(module.LIMITS, "int8", [("logit_error", 1e-6, True)])
+    with pytest.raises(ExportRefused, match=r"logit_error is .*, and the limit is 1e-06"):
+        export("default", "int8", repository)
+    assert snapshot(repository) == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_export_leaves_what_was_there(repository: Path, how: signal.Signals) -> None:
+    export("default", "int8", repository)
+    before = snapshot(repository)
+    command = [sys.executable, "-m", "tritonrank", "export", "default", "--precision=fp32"]
+    with subprocess.Popen(
+        [*command, f"--model-repository={repository}"], stderr=subprocess.DEVNULL
+    ) as process:
+        while not list(repository.glob("cross_encoder/.staging-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(how)
+    assert process.returncode != 0
+    published = {
+        name: data for name, data in snapshot(repository).items() if ".staging" not in name
+    }
+    assert published == before
+    if how == signal.SIGKILL:
+        assert list(repository.glob("cross_encoder/.staging-*"))
+        export("default", "int8", repository)
+    assert not list(repository.glob("cross_encoder/.staging-*"))
+
+
+def test_the_one_before_is_kept_and_older_ones_go(
+    repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    folders = [export("default", "int8", repository)]
+    for seed in (0.2, 0.3):
+        checkpoint = write_checkpoint(tmp_path / str(seed), "bert", sample, initializer_range=seed)
+        folders.append(export(str(checkpoint), "fp32", repository))
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert (repository / "cross_encoder" / "current").resolve() == folders[-1].resolve()
+
+
+def test_the_default_needs_no_torch(repository: Path) -> None:
+    script = (
+        "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None);"
+        "from tritonrank_server.export import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["default", f"--model-repository={repository}"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (repository / "tokenizer" / "1" / "tokenizer.json").exists()
+
+
+def test_the_dequantised_checkpoint_is_the_wheels_model(tmp_path: Path, sample: Sample) -> None:
+    default_model.write_checkpoint(tmp_path)
+    query, documents = sample[0]
+    expected = default_model.int8_source().reference(query, documents)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    encoded = tokenizer([query] * 12, documents, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        actual = model(**encoded).logits[:, 0].numpy()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_a_wheel_with_another_hash_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wheel = assets.Wheel("six", "1.16.0", "0" * 64, ("six.py",))
+    with pytest.raises(assets.AssetError, match=r"six==1\.16\.0"):
+        assets._fetch(wheel)
+    assert not list((tmp_path / "tritonrank").iterdir())
