@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -289,3 +291,13 @@ def test_rank_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     file.write_bytes(b"\xff")
     assert main(["rank", "query", str(file), "--url", url]) == 1
     assert "utf-8" in capsys.readouterr().err
+
+
+def test_the_client_needs_no_package_of_the_server() -> None:
+    others = ["onnx", "onnxruntime", "tokenizers", "torch", "transformers", "tritonrank_server"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({others})); import tritonrank.cli"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    command = f"{script}; sys.exit(tritonrank.cli.main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install 'tritonrank[serving]'")

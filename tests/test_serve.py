@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import new_repository, start
+from conftest import new_repository, pipeline, start
 from tritonrank import RerankClient
 from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
 
@@ -23,11 +23,12 @@ TRITONRANK = [sys.executable, "-m", "tritonrank"]
 
 
 @contextmanager
-def serving(repository: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(repository: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """``tritonrank serve`` as a child process, and its gRPC address once it is ready."""
     ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
     command = [*TRITONRANK, "serve", f"--model-repository={repository}", *ports]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | environment
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr
             lines = iter(process.stderr.readline, "")
@@ -83,6 +84,24 @@ def test_log_is_readable(int8_repository: Path) -> None:
         process.terminate()
         assert process.stderr
         assert "CUDA" not in process.stderr.read()
+
+
+def test_numpy_2(int8_repository: Path, tmp_path: Path) -> None:
+    """Python 3.13 has no other; the stubs of Triton's wheel are compiled for NumPy 1."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*install, str(tmp_path), "numpy>=2"], check=True)
+    oracle = pipeline(int8_repository)
+    with (
+        serving(int8_repository, PYTHONPATH=str(tmp_path)) as (_, url),
+        RerankClient(url) as client,
+    ):
+        for count in (1, 2, 50):
+            documents = [f"{i} 일본 tea " * i for i in range(count)]
+            expected = oracle.rank("green tea", documents, 20)
+            ranking = client.rank("green tea", documents, 20)
+            assert [each.index for each in ranking] == expected.indices.tolist()
+            assert [each.logit for each in ranking] == expected.logits.tolist()
+            assert [each.score for each in ranking] == expected.scores.tolist()
 
 
 def test_two_servers_side_by_side(int8_repository: Path) -> None:

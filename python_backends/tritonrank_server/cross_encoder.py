@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from .tokenizer import Tokens
 
@@ -42,6 +41,9 @@ class CrossEncoder:
     """
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
+        # Only here, since in production the other stages run where there is no such package.
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -18,16 +18,24 @@ import urllib.error
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
 from . import assets
+from .numpy2 import SWITCH
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
 START_TIMEOUT = 120.0
-#: What Triton reports of a machine without a GPU, and of the folders of exports. All is well.
-HARMLESS = (b"CUDA driver version", b"CudaDriverHelper", b"ignore version directory")
+#: What Triton reports of a machine without a GPU, of the folders of exports, and of being stopped.
+HARMLESS = (
+    b"CUDA driver",
+    b"CudaDriverHelper",
+    b"pinned",
+    b"ignore version directory",
+    b"Signal (15)",
+)
 #: How long running requests may take to finish at the stop, in seconds.
 STOP_TIMEOUT = 10
 
@@ -245,7 +253,8 @@ def _environment() -> dict[str, str]:
             "a Python built with --enable-shared"
         )
     inherited = os.environ.get("LD_LIBRARY_PATH")
-    return os.environ | {
+    numpy_2 = int(version("numpy").partition(".")[0]) >= 2
+    return (os.environ | {SWITCH: "1"} if numpy_2 else os.environ) | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(libraries), inherited])),
         # The tokenizer's batch calls use all cores; the stub is forked before any of them.

@@ -8,6 +8,7 @@ of the batch goes on.
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,15 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from . import numpy2
 from .cross_encoder import CrossEncoder, Relevance
 from .errors import InvalidInput, InvalidOutput
 from .sorter import Ranking, rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
+
+# Stubs of the embedded server may be older than this NumPy.
+if numpy2.SWITCH in os.environ:
+    numpy2.mend()
 
 Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
@@ -60,8 +66,9 @@ class _Stage(ABC, Generic[Decoded, Result]):
     def _respond(self, result: Any) -> Any:
         if isinstance(result, pb_utils.TritonError):
             return pb_utils.InferenceResponse(error=result)
-        outputs = self.encode(result).items()
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, data) for name, data in outputs])
+        tensor = numpy2.tensor if numpy2.SWITCH in os.environ else pb_utils.Tensor
+        outputs = [tensor(name, data) for name, data in self.encode(result).items()]
+        return pb_utils.InferenceResponse(outputs)
 
 
 class _Cancelled(Exception):
