@@ -44,10 +44,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV) …"
-	$(PIP) install --constraint constraints.txt --editable '.[serving]'
+	@$(PIP) install --constraint constraints.txt --editable '.[serving]'
 	@touch $@
 
 $(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV) …"
-	$(PIP) install --constraint constraints.txt --editable '.[export,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[export,dev]'
 	@touch $@ $(VENV)/.serving

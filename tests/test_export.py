@@ -200,6 +200,15 @@ def test_lower_precisions(precision: str, repository: Path, tmp_path: Path, samp
     np.testing.assert_allclose(ranking.logits, expected, atol=0.05 * np.ptp(expected))
 
 
+def test_the_default_at_fp16(repository: Path, fp32_repository: Path, sample: Sample) -> None:
+    export("default", "fp16", repository)
+    half, exact = pipeline(repository), pipeline(fp32_repository)
+    for query, documents in sample[:3]:
+        ranking, expected = half.rank(query, documents, 10), exact.rank(query, documents, 10)
+        assert ranking.indices.tolist() == expected.indices.tolist()
+        np.testing.assert_allclose(ranking.logits, expected.logits, rtol=0, atol=0.02)
+
+
 def test_activation_comes_from_the_config(repository: Path, tmp_path: Path, sample: Sample) -> None:
     identity = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5"}
     checkpoint = write_checkpoint(

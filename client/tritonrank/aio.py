@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import protocol
-from .connection import OPTIONS, TLS, target
+from .connection import TLS, open_channel
 from .errors import from_rpc
 from .protocol import RankedDocument
 
@@ -33,23 +32,14 @@ class AsyncRerankClient:
         tls: TLS | None = None,
     ) -> None:
         self._timeout = timeout
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target(url), OPTIONS)
-        else:
-            options = [*OPTIONS, *tls.options()]
-            self._channel = grpc.aio.secure_channel(target(url), tls.credentials(), options)
+        self._channel = open_channel(grpc.aio, url, tls)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._limit: int | None = None
 
     async def __aenter__(self) -> AsyncRerankClient:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:

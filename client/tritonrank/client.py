@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import protocol
-from .connection import OPTIONS, TLS, target
+from .connection import TLS, open_channel
 from .errors import from_rpc
 from .protocol import RankedDocument
 
@@ -32,23 +31,14 @@ class RerankClient:
         tls: TLS | None = None,
     ) -> None:
         self._timeout = timeout
-        if tls is None:
-            self._channel = grpc.insecure_channel(target(url), OPTIONS)
-        else:
-            options = [*OPTIONS, *tls.options()]
-            self._channel = grpc.secure_channel(target(url), tls.credentials(), options)
+        self._channel = open_channel(grpc, url, tls)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._limit: int | None = None
 
     def __enter__(self) -> RerankClient:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import grpc
 
@@ -65,7 +67,14 @@ class TLS:
         return [("grpc.ssl_target_name_override", name)] if name else []
 
 
-def target(url: str | Sequence[str]) -> str:
+def open_channel(kind: ModuleType, url: str | Sequence[str], tls: TLS | None) -> Any:
+    """A channel of ``kind``, which is ``grpc`` or ``grpc.aio``, to one or more endpoints."""
+    if tls is None:
+        return kind.insecure_channel(_target(url), OPTIONS)
+    return kind.secure_channel(_target(url), tls.credentials(), [*OPTIONS, *tls.options()])
+
+
+def _target(url: str | Sequence[str]) -> str:
     """GRPC's name for one endpoint, whose name may stand for many servers, or for several.
 
     Args:

@@ -89,10 +89,14 @@ def _download(wheel: Wheel, folder: Path) -> None:
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     print(f"Downloading {wheel.name} {wheel.version} …", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", str(folder)]
     done = subprocess.run(
-        [*pip, *options, "--requirement", str(requirement)], stderr=subprocess.PIPE, text=True
+        [*pip, *options, "--requirement", str(requirement)],
+        # A terminal is shown pip's progress.
+        stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]

@@ -56,7 +56,8 @@ def load(name: str, precision: str) -> Source:
     _check_size(model, precision)
     max_length = _max_length(tokenizer, model)
     backend = _backend_tokenizer(tokenizer, max_length)
-    token_types = _uses_token_types(tokenizer, config)
+    types_given = "token_type_ids" in tokenizer.model_input_names and config.type_vocab_size > 1
+    token_types = types_given and _tells_by_token_types(backend)
     return Source(
         name=name,
         graph=_graph(model, token_types, precision, _activation(config)),
@@ -116,11 +117,10 @@ def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> T
     return backend
 
 
-def _uses_token_types(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
+def _tells_by_token_types(tokenizer: Tokenizer) -> bool:
     """Whether the document has token type 1; the graph tells it from the query by its place."""
-    pair = tokenizer.backend_tokenizer.encode("a", "b")
-    given = "token_type_ids" in tokenizer.model_input_names and config.type_vocab_size > 1
-    if not given or not any(pair.type_ids):
+    pair = tokenizer.encode("a", "b")
+    if not any(pair.type_ids):
         return False
     document = pair.sequence_ids.index(1)
     if pair.type_ids != [0] * document + [1] * (len(pair) - document):
