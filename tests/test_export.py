@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,11 +68,14 @@ def byte_level(corpus: list[str]) -> Tokenizer:
 
 
 def unigram(corpus: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>")
-    tokenizer.train_from_iterator(corpus, trainer)
+    words = Counter(f"▁{word}" for text in corpus for word in text.split()).most_common(300)
+    characters = sorted({character for text in corpus for character in text} | {"▁"})
+    # Not trained, since the trainer's result is another one at each run.
+    vocabulary = [*((token, 0.0) for token in special), *((word, -5.0) for word, _ in words)]
+    vocabulary += [(character, -10.0) for character in characters]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> </s> $B </s>",
@@ -186,8 +190,10 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     return graph.run(["logits"], feed)[0][:, 0]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_lower_precisions(precision: str, repository: Path, tmp_path: Path, sample: Sample) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])
+def test_lower_precisions(
+    precision: str, tolerance: float, repository: Path, tmp_path: Path, sample: Sample
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "xlm-roberta", sample)
     folder = export(str(checkpoint), precision, repository)
     card = json.loads((folder / "export.json").read_text())
@@ -197,11 +203,15 @@ def test_lower_precisions(precision: str, repository: Path, tmp_path: Path, samp
     ranking = pipeline(repository).rank(*sample[0])
     assert ranking.scores.dtype == np.float32
     expected = reference(checkpoint, *sample[0])[ranking.indices]
-    np.testing.assert_allclose(ranking.logits, expected, atol=0.05 * np.ptp(expected))
+    np.testing.assert_allclose(ranking.logits, expected, atol=tolerance * np.ptp(expected))
 
 
 def test_the_default_at_fp16(repository: Path, fp32_repository: Path, sample: Sample) -> None:
-    export("default", "fp16", repository)
+    card = json.loads((export("default", "fp16", repository) / "export.json").read_text())
+    other = json.loads((fp32_repository / "cross_encoder/current/export.json").read_text())
+    for name in ("checkpoint", "weights", "max_length"):
+        assert card[name] == other[name]
+    assert card["checkpoint"] == "cross-encoder/ms-marco-MiniLM-L-12-v2"
     half, exact = pipeline(repository), pipeline(fp32_repository)
     for query, documents in sample[:3]:
         ranking, expected = half.rank(query, documents, 10), exact.rank(query, documents, 10)

@@ -58,6 +58,7 @@ def load(name: str, precision: str) -> Source:
     backend = _backend_tokenizer(tokenizer, max_length)
     types_given = "token_type_ids" in tokenizer.model_input_names and config.type_vocab_size > 1
     token_types = types_given and _tells_by_token_types(backend)
+    weights = _hash(model)  # Before they are halved.
     return Source(
         name=name,
         graph=_graph(model, token_types, precision, _activation(config)),
@@ -66,7 +67,7 @@ def load(name: str, precision: str) -> Source:
         reference=_reference(name, tokenizer, max_length),
         provenance={
             "architecture": type(model).__name__,
-            "weights": f"sha256 {_hash(model)}",
+            "weights": f"sha256 {weights}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

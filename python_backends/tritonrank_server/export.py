@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import combinations
@@ -108,7 +108,7 @@ def _source(model: str, precision: str) -> Source:
         return checkpoint.load(model, precision)
     with tempfile.TemporaryDirectory() as folder:
         default_model.write_checkpoint(Path(folder))
-        return checkpoint.load(folder, precision)
+        return replace(checkpoint.load(folder, precision), name=default_model.NAME)
 
 
 def _compare(folder: Path, source: Source) -> Difference:
