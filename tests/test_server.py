@@ -305,6 +305,23 @@ def test_malformed_bytes_are_refused_and_harm_nobody(
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize(("length", "token"), [(9, 1), (-3, 1), (0, 1), (4, 10**8)])
+def test_nonsense_sent_to_the_scorer_itself_harms_nobody(
+    client: RerankClient, int8_server: EmbeddedServer, sample: Sample, length: int, token: int
+) -> None:
+    values = {"input_ids": [[token] * 4], "lengths": [[length]], "query_lengths": [[1]]}
+    inputs = [triton.InferInput(name, list(np.shape(v)), "INT32") for name, v in values.items()]
+    for each, value in zip(inputs, values.values()):
+        each.set_data_from_numpy(np.array(value, np.int32))
+    with (
+        good_clients(client, sample),
+        triton.InferenceServerClient(int8_server.grpc_url) as direct,
+    ):
+        for _ in range(8):
+            with pytest.raises(InferenceServerException, match="its log says why"):
+                direct.infer("cross_encoder", inputs, client_timeout=60)
+
+
 def test_a_document_of_5_mb_is_cut_to_the_limit(client: RerankClient) -> None:
     words = "green tea is grown in the hills and "
     huge = words * (5_000_000 // len(words))

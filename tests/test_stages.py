@@ -140,11 +140,17 @@ def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> Non
     assert "the server failed" in str(answers[4].error)
 
 
-def test_a_stage_that_fails_answers_every_good_request(adapter: ModuleType) -> None:
-    class Broken(adapter.SorterModel):  # type: ignore[name-defined,misc]
+def test_what_fails_the_batch_fails_alone(adapter: ModuleType) -> None:
+    class Picky(adapter.SorterModel):  # type: ignore[name-defined,misc]
         def run(self, batch: Any) -> Any:
-            raise MemoryError
+            if any(ranking.logits.max() > 9 for ranking in batch):
+                raise MemoryError
+            return batch
 
-    good = {"logits": column(1), "scores": column(0.1)}
-    answers = Broken().execute([request(**good), request(**good, TOP_K=np.int32([0]))])
-    assert [answer.error.code for answer in answers] == ["INTERNAL", "INVALID_ARG"]
+    good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
+    poison = {"logits": column(10), "scores": column(1)}
+    answers = Picky().execute([request(**each) for each in (good, poison, good, poison)])
+    codes = [answer.error and answer.error.code for answer in answers]
+    assert codes == [None, "INTERNAL", None, "INTERNAL"]
+    assert answers[2].outputs["INDICES"].tolist() == [1, 0]
+    assert answers[1].error is not answers[3].error

@@ -49,14 +49,19 @@ class _Stage(ABC, Generic[Decoded, Result]):
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         decoded = [_attempt(self._decode, request) for request in requests]
         good = [value for value in decoded if not isinstance(value, pb_utils.TritonError)]
-        results = _attempt(self.run, good) if good else []
-        if isinstance(results, pb_utils.TritonError):
-            results = [results] * len(good)
-        remaining = iter(results)
+        results = iter(self._run(good) if good else [])
         return [
-            self._respond(value if isinstance(value, pb_utils.TritonError) else next(remaining))
+            self._respond(value if isinstance(value, pb_utils.TritonError) else next(results))
             for value in decoded
         ]
+
+    def _run(self, batch: Sequence[Decoded]) -> Sequence[Any]:
+        """Results or errors, one a request; if the batch fails, each request is run alone."""
+        results = _attempt(self.run, batch)
+        if not isinstance(results, pb_utils.TritonError):
+            return results  # type: ignore[no-any-return]
+        # Also an error of its own for each: Triton crashes on one that stands in two responses.
+        return [_attempt(lambda one: self.run([one])[0], each) for each in batch]
 
     def _decode(self, request: Any) -> Decoded:
         if request.is_cancelled():
