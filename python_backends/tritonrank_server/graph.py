@@ -22,7 +22,8 @@ from onnx import compose, parser
 from tokenizers import Tokenizer
 
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
-#: stands at each place of the padded form, 0 where ``mask`` is false.
+#: stands at each place of the padded form. Where ``mask`` is false it is the document's own first:
+#: attention weighs it with 0, and 0 times another document's NaN or infinity would be NaN.
 _COMMON = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -38,7 +39,7 @@ _COMMON = """
     end = CumSum (size, zero)
     start = Sub (end, size)
     unbounded = Add (start, place)
-    slots = Where (mask, unbounded, zero)
+    slots = Where (mask, unbounded, start)
     beyond_query = GreaterOrEqual (place, query_size)
     in_document = And (beyond_query, mask)
     padded_types = Cast <to = 7> (in_document)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .errors import UnsupportedCheckpoint
 from .graph import PACKED_INPUTS
 
 #: How each architecture numbers positions: from 0, or RoBERTa's way, after the padding id.
@@ -118,7 +119,15 @@ class PackedCrossEncoder(nn.Module):
 
 
 def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
-    """The packed body as ONNX, in the dtype of the model's weights."""
+    """The packed body as ONNX, in the dtype of the model's weights.
+
+    Raises:
+        UnsupportedCheckpoint: a weight is NaN or infinite, as one beyond 65504 is in FP16.
+    """
+    # Not left to the check on real pairs: they do not look up every row of the embeddings.
+    for name, weight in module.model.named_parameters():
+        if not weight.isfinite().all():
+            raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {weight.dtype}")
     lengths = torch.tensor([5, 3, 7])
     tokens, longest = int(lengths.sum()), int(lengths.max())
     place = torch.arange(longest)
@@ -128,7 +137,7 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
         torch.full((tokens,), 2),
         torch.zeros(tokens, dtype=torch.long),
         place.expand(len(lengths), -1)[mask],
-        (first[:, None] + place) * mask,
+        first[:, None] + place * mask,
         mask,
         mask.flatten().nonzero()[:, 0],
         first,
@@ -151,4 +160,7 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None  # Only without dynamo.
-    return program.model_proto
+    body = program.model_proto
+    for node in body.graph.node:
+        del node.metadata_props[:]  # Stack traces, with the paths of this machine.
+    return body
