@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import transformers
 from conftest import new_repository, pipeline
+from safetensors.torch import load_file, save_file
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -30,6 +34,8 @@ from tritonrank_server import assets, default_model
 from tritonrank_server import export as module
 from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
 from tritonrank_server.export import export
+from tritonrank_server.graph import ragged
+from tritonrank_server.packed import PackedCrossEncoder, export_packed
 
 Sample = list[tuple[str, list[str]]]
 
@@ -122,6 +128,13 @@ def write_checkpoint(folder: Path, family: str, sample: Sample, **changes: objec
     return folder
 
 
+def set_weight(checkpoint: Path, name: str, row: int, value: float) -> None:
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    weights[name][row] = value
+    save_file(weights, path, {"format": "pt"})
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     return new_repository(tmp_path / "repository")
@@ -177,8 +190,6 @@ def test_logits_equal_transformers(
 
 
 def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
-    import onnxruntime
-
     tokenizer = pipeline(repository).tokenizer
     [tokens] = tokenizer.encode([tokenizer.read(query.encode(), [t.encode() for t in texts])])
     graph = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
@@ -188,6 +199,30 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
         "query_lengths": tokens.query_lengths[:, None],
     }
     return graph.run(["logits"], feed)[0][:, 0]
+
+
+def test_a_nan_stays_in_its_document(tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    exported = onnx.load_from_string(
+        ragged(export_packed(PackedCrossEncoder(model, True)), "Sigmoid").SerializeToString()
+    )
+    for initializer in exported.graph.initializer:
+        if initializer.name.endswith("word_embeddings.weight"):
+            weights = onnx.numpy_helper.to_array(initializer).copy()
+            weights[7] = np.nan
+            initializer.CopyFrom(onnx.numpy_helper.from_array(weights, initializer.name))
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    # Of three documents the first has the NaN and the second has padding.
+    rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
+    feed = {
+        "input_ids": np.array(rows, np.int32).ravel(),
+        "lengths": np.array([[5], [5], [7]], np.int32),
+        "query_lengths": np.array([[3], [3], [3]], np.int32),
+    }
+    logits, scores = session.run(["logits", "scores"], feed)
+    assert np.isnan(logits).ravel().tolist() == [True, False, False]
+    assert np.isnan(scores).ravel().tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])
@@ -200,10 +235,21 @@ def test_lower_precisions(
     assert card["precision"] == precision
     assert card["max_length"] == 64
     assert card["difference_from_fp32"]["logit_error"] > 0
+    assert not signed_weights(repository)
     ranking = pipeline(repository).rank(*sample[0])
     assert ranking.scores.dtype == np.float32
     expected = reference(checkpoint, *sample[0])[ranking.indices]
     np.testing.assert_allclose(ranking.logits, expected, atol=tolerance * np.ptp(expected))
+
+
+def signed_weights(repository: Path) -> list[str]:
+    """Names of INT8 weights, which saturate on a CPU without VNNI; UINT8 ones do not."""
+    graph = onnx.load(repository / "cross_encoder" / "1" / "model.onnx").graph
+    return [each.name for each in graph.initializer if each.data_type == onnx.TensorProto.INT8]
+
+
+def test_the_defaults_weights_are_unsigned(int8_repository: Path) -> None:
+    assert not signed_weights(int8_repository)
 
 
 def test_the_default_at_fp16(repository: Path, fp32_repository: Path, sample: Sample) -> None:
@@ -255,6 +301,35 @@ def test_another_architecture_is_refused_by_name(repository: Path, tmp_path: Pat
         export(str(tmp_path), "fp32", repository)
 
 
+@pytest.mark.parametrize(("precision", "value"), [("fp32", float("nan")), ("fp16", 1e5)])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    precision: str, value: float, repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
+    # [MASK], which no pair of the sample has.
+    set_weight(checkpoint, "bert.embeddings.word_embeddings.weight", 4, value)
+    with pytest.raises(UnsupportedCheckpoint, match=r"word_embeddings\.weight holds NaN or inf"):
+        export(str(checkpoint), precision, repository)
+
+
+def test_a_graph_that_overflows_is_refused(
+    repository: Path, tmp_path: Path, sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
+    set_weight(checkpoint, "bert.encoder.layer.0.output.dense.weight", 0, 3e38)
+    before = snapshot(repository)
+    arguments = [str(checkpoint), "--precision=fp32", f"--model-repository={repository}"]
+    assert module.main(arguments) == 1
+    assert "no finite logit" in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(repository) == before
+
+
+def test_no_repository_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["default", f"--model-repository={tmp_path}"])
+    assert "no model repository at" in capsys.readouterr().err
+
+
 def test_no_such_checkpoint_is_one_line(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +347,11 @@ def test_a_refused_export_leaves_what_was_there(
     with pytest.raises(ExportRefused, match=r"logit_error is .*, and the limit is 1e-06"):
         export("default", "int8", repository)
     assert snapshot(repository) == before
+
+
+def test_a_folder_that_was_deleted_is_published_again(repository: Path) -> None:
+    shutil.rmtree(export("default", "int8", repository))
+    assert (export("default", "int8", repository) / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -298,12 +378,15 @@ def test_an_interrupted_export_leaves_what_was_there(repository: Path, how: sign
 
 
 def test_the_one_before_is_kept_and_older_ones_go(
-    repository: Path, tmp_path: Path, sample: Sample
+    repository: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = [export("default", "int8", repository)]
+    monkeypatch.chdir(repository.parent)  # As the command runs: the repository's path is relative.
+    relative = Path(repository.name)
+    folders = [export("default", "int8", relative)]
     for seed in (0.2, 0.3):
         checkpoint = write_checkpoint(tmp_path / str(seed), "bert", sample, initializer_range=seed)
-        folders.append(export(str(checkpoint), "fp32", repository))
+        folders.append(export(str(checkpoint), "fp32", relative))
+    assert folders[-1] == export(str(checkpoint), "fp32", relative)
     assert [folder.exists() for folder in folders] == [False, True, True]
     assert (repository / "cross_encoder" / "current").resolve() == folders[-1].resolve()
 
