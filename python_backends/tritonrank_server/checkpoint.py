@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ import numpy.typing as npt
 import onnx
 import torch
 import transformers
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
@@ -27,6 +24,7 @@ from transformers import (
 from .errors import UnsupportedCheckpoint
 from .graph import Source, ragged
 from .packed import ROBERTA, SUPPORTED, PackedCrossEncoder, export_packed
+from .quantise import quantised
 
 #: A protobuf message, and so a graph with its weights, must be smaller.
 MAX_GRAPH_BYTES = 2**31
@@ -150,26 +148,7 @@ def _graph(
     if precision == "fp16":
         model.half()
     graph = ragged(export_packed(PackedCrossEncoder(model, token_types)), activation)
-    return _quantised(graph) if precision == "int8" else graph
-
-
-def _quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Dynamic INT8: weights with a scale for each output channel, activations when they come.
-
-    The weights are unsigned, since ONNX Runtime multiplies signed ones by vpmaddubsw where a CPU
-    has no VNNI, and that instruction saturates at 16 bits: logits were seen to move by 1.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
-        onnx.save(graph, source)
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QUInt8,
-        )
-        return onnx.load(target)
+    return quantised(graph) if precision == "int8" else graph
 
 
 def _reference(

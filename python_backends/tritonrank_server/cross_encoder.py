@@ -46,7 +46,13 @@ class CrossEncoder:
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            graph,
+            options,
+            providers=["CPUExecutionProvider"],
+            # Its kernel took as long as five additions and normalisations apart.
+            disabled_optimizers=["SkipLayerNormFusion"],
+        )
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
 
     def score(self, batch: Sequence[Tokens]) -> list[Relevance]:

