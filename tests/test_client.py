@@ -40,6 +40,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     failures: list[grpc.StatusCode] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def ModelConfig(self, request: object, context: grpc.ServicerContext) -> object:
@@ -53,6 +54,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         inputs = dict(zip((each.name for each in request.inputs), request.raw_input_contents))
         documents = deserialize_bytes_tensor(inputs["DOCUMENTS"])
         self.sizes.append(len(documents))
+        self.timeouts.append(request.parameters["timeout"].int64_param / 1e6)
         if b"hang" in documents:
             context.add_callback(self.cancelled.set)
             self.cancelled.wait(60)
@@ -175,9 +177,10 @@ def test_other_failures_are_not_tried_again(
 
 
 def test_deadline(rank: Rank, service: Service) -> None:
-    with pytest.raises(RerankTimeoutError):
+    with pytest.raises(RerankTimeoutError, match="pass a longer timeout"):
         rank("query", ["hang"], timeout=0.5)
     assert service.cancelled.wait(60)
+    assert 0 < service.timeouts[0] <= 0.5
 
 
 def test_a_part_that_fails_cancels_the_others(rank: Rank, service: Service) -> None:
@@ -196,10 +199,18 @@ def test_nobody_there() -> None:
         client.rank("query", ["x"])
 
 
-@pytest.mark.parametrize("documents", ["one string", b"bytes"])
-def test_one_string_is_no_list(rank: Rank, documents: object) -> None:
-    with pytest.raises(TypeError, match="pass a list"):
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [("one string", "pass a list"), (b"bytes", "pass a list"), (["a", None], r"documents\[1\] is")],
+)
+def test_what_is_no_list_of_strings(rank: Rank, documents: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         rank("query", documents)
+
+
+def test_a_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass HOST:PORT"):
+        RerankClient("http://127.0.0.1:8001")
 
 
 def test_a_cancelled_task_cancels_on_the_server(service: Service, url: str) -> None:
@@ -290,14 +301,21 @@ def test_rank_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "No such file" in capsys.readouterr().err
     file.write_bytes(b"\xff")
     assert main(["rank", "query", str(file), "--url", url]) == 1
-    assert "utf-8" in capsys.readouterr().err
+    assert "line 1 of" in capsys.readouterr().err
+    assert main(["rank", "query", str(file), "--url", f"http://{url}"]) == 1
+    assert capsys.readouterr().err
 
 
 def test_the_client_needs_no_package_of_the_server() -> None:
     others = ["onnx", "onnxruntime", "tokenizers", "torch", "transformers", "tritonrank_server"]
     script = f"import sys; sys.modules.update(dict.fromkeys({others})); import tritonrank.cli"
     subprocess.run([sys.executable, "-c", script], check=True)
+    # As installed: with the server's modules, without their packages.
+    without = "import sys; sys.modules['tokenizers'] = None; import tritonrank.cli"
+    command = f"{without}; sys.exit(tritonrank.cli.main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("pip install '.[serving]'")
     command = f"{script}; sys.exit(tritonrank.cli.main(['serve']))"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("pip install 'tritonrank[serving]'")
+    assert done.stderr.splitlines()[-1].endswith("pip install '.[serving]'")

@@ -28,6 +28,7 @@ from tritonrank import (
     RankedDocument,
     RerankClient,
     RerankError,
+    RerankTimeoutError,
 )
 from tritonrank_server import default_model
 from tritonrank_server.serve import EmbeddedServer
@@ -423,6 +424,22 @@ def test_async_client_and_its_cancellation(
     deadline = time.monotonic() + 60
     while failures(int8_server, "CANCELED") == before:
         assert time.monotonic() < deadline, "the server never learned of the cancellation"
+        time.sleep(0.1)
+
+
+def test_what_is_given_up_is_scored_no_further(
+    client: RerankClient, int8_server: EmbeddedServer
+) -> None:
+    before = statistics(int8_server, "cross_encoder").inference_stats
+    with pytest.raises(RerankTimeoutError):
+        client.rank("tea", ["green tea in the morning " * 100] * 1000, timeout=3)
+    deadline = time.monotonic() + 60
+    while True:
+        after = statistics(int8_server, "cross_encoder").inference_stats
+        assert after.success.count == before.success.count, "it was scored to its end"
+        if after.fail.count > before.fail.count:
+            break
+        assert time.monotonic() < deadline, "it still runs"
         time.sleep(0.1)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tritonrank_server
 from conftest import MAX_DOCUMENTS
-from tritonrank_server.cross_encoder import Relevance
+from tritonrank_server.cross_encoder import CrossEncoder, Relevance
 from tritonrank_server.errors import InvalidInput, InvalidOutput
 from tritonrank_server.sorter import rank
 from tritonrank_server.tokenizer import FILL, PairTokenizer
@@ -55,6 +55,30 @@ def test_a_query_is_cut_beyond_its_share(tokenizer: PairTokenizer, words: int, k
 def test_a_query_beyond_the_model_is_refused(tokenizer: PairTokenizer) -> None:
     with pytest.raises(InvalidInput, match="more tokens than the model has positions, 512"):
         tokenizer.read(b"tea " * 513, [b"green"])
+
+
+def test_what_is_given_up_is_scored_no_further(
+    int8_repository: Path, tokenizer: PairTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = CrossEncoder(int8_repository / "cross_encoder" / "1" / "model.onnx", threads=1)
+    session, executions, asked = encoder._session, [], []
+
+    def run(*arguments: Any) -> Any:
+        executions.append(1)
+        return session.run(*arguments)
+
+    def is_given_up() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    monkeypatch.setattr(encoder, "_session", SimpleNamespace(run=run))
+    pairs = [tokenizer.read(b"tea", [b"green tea"] * count) for count in (50, 2)]
+    given_up, kept = tokenizer.encode(pairs)
+    none, scored = encoder.score([(given_up, is_given_up), (kept, lambda: False)])
+    assert none is None
+    assert scored is not None
+    assert scored.logits.shape == scored.scores.shape == (2,)
+    assert len(executions) == 3 + 2
 
 
 def relevance(*logits: float) -> Relevance:

@@ -58,7 +58,8 @@ class AsyncRerankClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             parts = protocol.split(documents, await self._document_limit(deadline))
-            requests = [protocol.request(query, texts, top_k) for _, texts in parts]
+            remaining = deadline - time.monotonic()
+            requests = [protocol.request(query, texts, top_k, remaining) for _, texts in parts]
             calls = [
                 self._stub.ModelInfer(each, timeout=deadline - time.monotonic())
                 for each in requests

@@ -46,7 +46,8 @@ def _server_command(name: str, *arguments: str) -> int:
         status: int = module.main(list(arguments))
     except ModuleNotFoundError as error:
         print(
-            f"tritonrank: {name} needs the package {error.name}: pip install 'tritonrank[{extra}]'",
+            f"tritonrank: {name} needs the package {error.name}: in a checkout of tritonrank, "
+            f"pip install '.[{extra}]'",
             file=sys.stderr,
         )
         return 1
@@ -103,4 +104,9 @@ def _lines(path: str) -> list[str]:
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    return [line.decode("utf-8").rstrip("\r") for line in lines]
+    try:
+        return [line.decode("utf-8").rstrip("\r") for line in lines]
+    except UnicodeDecodeError as error:
+        source = "standard input" if path == "-" else path
+        number = lines.index(error.object) + 1
+        raise ValueError(f"line {number} of {source} is not UTF-8: convert the file") from None

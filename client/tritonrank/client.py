@@ -67,13 +67,14 @@ class RerankClient:
             ServerUnavailableError: no server answered, or all were too busy.
             RerankTimeoutError: the deadline passed.
             RerankError: any other failure.
-            TypeError: ``documents`` is one string.
+            TypeError: ``documents`` is one string, or holds something else than strings.
         """
         protocol.check(documents, top_k)
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             parts = protocol.split(documents, self._document_limit(deadline))
-            requests = [protocol.request(query, texts, top_k) for _, texts in parts]
+            remaining = deadline - time.monotonic()
+            requests = [protocol.request(query, texts, top_k, remaining) for _, texts in parts]
             calls = [
                 self._stub.ModelInfer.future(each, timeout=deadline - time.monotonic())
                 for each in requests

@@ -80,8 +80,14 @@ def _target(url: str | Sequence[str]) -> str:
     Args:
         url: ``HOST:PORT``, or several of them. One name is looked up again by gRPC as servers come
             and go; several are looked up once, here, since gRPC takes only addresses in a list.
+
+    Raises:
+        ValueError: a URL with a scheme, as HTTP has.
     """
     urls = [url] if isinstance(url, str) else list(url)
+    for each in urls:
+        if "://" in each:
+            raise ValueError(f"{each} has a scheme: pass HOST:PORT of the gRPC service")
     if len(urls) == 1:
         return f"dns:///{urls[0]}"
     addresses = [address for each in urls for address in _addresses(each)]

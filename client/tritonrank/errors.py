@@ -40,4 +40,6 @@ _TYPES = {
 def from_rpc(error: grpc.RpcError) -> RerankError:
     """The typed exception for what gRPC raised."""
     code, details = error.code(), error.details()
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = "no ranking before the deadline: pass a longer timeout, or fewer documents"
     return _TYPES.get(code, RerankError)(details or code.name, code)

@@ -34,10 +34,14 @@ def check(documents: Sequence[str], top_k: int | None) -> None:
     """Refuses what would reach the server as something else than was meant.
 
     Raises:
-        TypeError: one string in place of a sequence of them, or a ``top_k`` that is no integer.
+        TypeError: one string in place of a sequence of them, a document that is no string, or a
+            ``top_k`` that is no integer.
     """
     if isinstance(documents, (str, bytes)):
         raise TypeError("documents is one string: pass a list of strings")
+    for index, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise TypeError(f"documents[{index}] is of type {type(document).__name__}: pass a str")
     if top_k is not None and not isinstance(top_k, (int, np.integer)):
         raise TypeError(f"top_k is of type {type(top_k).__name__}: pass an int or None")
 
@@ -54,14 +58,15 @@ def split(documents: Sequence[str], limit: int) -> list[tuple[int, Sequence[str]
 
 
 def request(
-    query: str, documents: Sequence[str], top_k: int | None
+    query: str, documents: Sequence[str], top_k: int | None, timeout: float
 ) -> service_pb2.ModelInferRequest:
-    """One call of the ensemble.
+    """One call of the ensemble, which the server gives up, too, after ``timeout`` seconds.
 
     Raises:
         UnicodeEncodeError: a text holds half of a surrogate pair, which UTF-8 has no form for.
     """
     message = service_pb2.ModelInferRequest(model_name="reranker")
+    message.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
     _add(message, "QUERY", "BYTES", 1, _strings([query]))
     _add(message, "DOCUMENTS", "BYTES", len(documents), _strings(documents))
     if top_k is not None:

@@ -7,7 +7,7 @@ Runtime backend runs the same graph, and this file is not used.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from .tokenizer import Tokens
 
 Float32 = npt.NDArray[np.float32]
+#: Whether nobody waits for a request any more, asked before each of its documents.
+IsGivenUp = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,30 @@ class CrossEncoder:
         )
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
 
-    def score(self, batch: Sequence[Tokens]) -> list[Relevance]:
-        """Scores the documents of several requests; one result a request, in their order."""
-        documents = [document for tokens in batch for document in tokens.documents()]
-        # The longest first, so that no core is left with a long document at the end.
-        order = sorted(range(len(documents)), key=lambda i: -documents[i].input_ids.size)
-        results = np.empty((len(documents), 2), np.float32)
-        results[order] = list(self._pool.map(self._run, [documents[i] for i in order]))
-        ends = np.cumsum([len(tokens.lengths) for tokens in batch])
-        return [Relevance(*part.T) for part in np.split(results, ends[:-1])]
+    def score(self, batch: Sequence[tuple[Tokens, IsGivenUp]]) -> list[Relevance | None]:
+        """Scores the documents of several requests.
 
-    def _run(self, tokens: Tokens) -> tuple[float, float]:
+        Returns:
+            One result a request, in their order; None for one that was given up meanwhile, whose
+            other documents are not scored.
+        """
+        documents = [
+            (document, is_given_up)
+            for tokens, is_given_up in batch
+            for document in tokens.documents()
+        ]
+        # The longest first, so that no core is left with a long document at the end.
+        order = sorted(range(len(documents)), key=lambda i: -documents[i][0].input_ids.size)
+        results: list[tuple[float, float] | None] = [None] * len(documents)
+        for i, result in zip(order, self._pool.map(self._run, [documents[i] for i in order])):
+            results[i] = result
+        every = iter(results)
+        return [_gathered([next(every) for _ in tokens.lengths]) for tokens, _ in batch]
+
+    def _run(self, document: tuple[Tokens, IsGivenUp]) -> tuple[float, float] | None:
+        tokens, is_given_up = document
+        if is_given_up():
+            return None
         logits, scores = self._session.run(
             ["logits", "scores"],
             {
@@ -75,3 +90,12 @@ class CrossEncoder:
             },
         )
         return logits.item(), scores.item()
+
+
+def _gathered(results: list[tuple[float, float] | None]) -> Relevance | None:
+    """One request's documents together, unless one was left out."""
+    scored = [result for result in results if result]
+    if len(scored) < len(results):
+        return None
+    logits, scores = np.array(scored, np.float32).T
+    return Relevance(logits, scores)

@@ -25,6 +25,10 @@ from .quantise import quantised
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
 MAX_LENGTH = 512
+PROVENANCE = {
+    "wheel": f"{assets.DEFAULT_MODEL.name} {assets.DEFAULT_MODEL.version}, "
+    f"sha256 {assets.DEFAULT_MODEL.sha256}"
+}
 #: The wheel names no activation.
 ACTIVATION = "Sigmoid"
 
@@ -54,7 +58,6 @@ def int8_source() -> Source:
 
     Its own weights take all 8 bits, which does not suit every CPU; see ``quantise``.
     """
-    wheel = assets.DEFAULT_MODEL
     tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
@@ -64,7 +67,7 @@ def int8_source() -> Source:
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         reference=_fp32_logits(tokenizer),
-        provenance={"wheel": f"{wheel.name} {wheel.version}, sha256 {wheel.sha256}"},
+        provenance=PROVENANCE,
     )
 
 

@@ -14,6 +14,8 @@ from tritonrank.table import format_table
 from .assets import AssetError
 from .serve import EmbeddedServer, ServerError, Settings
 
+#: Said of what the default model does not read.
+NOT_ENGLISH = "shown for its script: the default model reads English"
 SAMPLE = files(__package__) / "sample.jsonl"
 
 
@@ -28,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             for line in SAMPLE.read_text(encoding="utf-8").splitlines():
                 request = json.loads(line)
                 ranking = client.rank(request["query"], request["documents"])
-                print(f"{request['query']}\n{format_table(ranking)}\n")
+                note = "" if request["query"].isascii() else f"  ({NOT_ENGLISH})"
+                print(f"{request['query']}{note}\n{format_table(ranking)}\n")
     except (AssetError, ServerError, RerankError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1

@@ -118,7 +118,9 @@ def _source(model: str, precision: str) -> Source:
         return checkpoint.load(model, precision)
     with tempfile.TemporaryDirectory() as folder:
         default_model.write_checkpoint(Path(folder))
-        return replace(checkpoint.load(folder, precision), name=default_model.NAME)
+        source = checkpoint.load(folder, precision)
+    provenance = source.provenance | default_model.PROVENANCE
+    return replace(source, name=default_model.NAME, provenance=provenance)
 
 
 def _compare(folder: Path, source: Source) -> Difference:

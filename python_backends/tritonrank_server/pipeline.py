@@ -20,5 +20,7 @@ class Pipeline:
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> Ranking:
         """One request of the ensemble; see ``tokenizer``, ``sorter`` for the errors it raises."""
         pairs = self.tokenizer.read(query.encode(), [text.encode() for text in documents])
-        [relevance] = self.cross_encoder.score(self.tokenizer.encode([pairs]))
+        [tokens] = self.tokenizer.encode([pairs])
+        [relevance] = self.cross_encoder.score([(tokens, lambda: False)])
+        assert relevance  # Only a cancelled request has none.
         return rank(relevance, top_k)

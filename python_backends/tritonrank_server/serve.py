@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -81,9 +82,13 @@ class EmbeddedServer:
         """Starts the server and waits until its models are ready.
 
         Raises:
+            ModuleNotFoundError: the extra ``serving`` is not installed.
             ServerError: no model, a port in use, a Python that Triton cannot embed, or a server
                 that died or was not ready in time.
         """
+        for package in ("onnxruntime", "tokenizers"):  # Else it is the stubs that miss them.
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"no package {package}", name=package)
         repository = self._settings.model_repository
         _check_repository(repository)
         home = assets.tritonserver()

@@ -8,7 +8,9 @@ of the batch goes on.
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from . import numpy2
-from .cross_encoder import CrossEncoder, Relevance
+from .cross_encoder import CrossEncoder, IsGivenUp, Relevance
 from .errors import InvalidInput, InvalidOutput
 from .sorter import Ranking, rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
@@ -41,19 +43,17 @@ class _Stage(ABC, Generic[Decoded, Result]):
     def decode(self, request: Any) -> Decoded: ...
 
     @abstractmethod
-    def run(self, batch: Sequence[Decoded]) -> Sequence[Result]: ...
+    def run(self, batch: Sequence[Decoded]) -> Sequence[Result | None]:
+        """One result a request, or None for one that was given up meanwhile."""
 
     @abstractmethod
     def encode(self, result: Result) -> dict[str, np.ndarray[Any, Any]]: ...
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         decoded = [_attempt(self._decode, request) for request in requests]
-        good = [value for value in decoded if not isinstance(value, pb_utils.TritonError)]
+        good = [value for value in decoded if _is_to_run(value)]
         results = iter(self._run(good) if good else [])
-        return [
-            self._respond(value if isinstance(value, pb_utils.TritonError) else next(results))
-            for value in decoded
-        ]
+        return [self._respond(next(results) if _is_to_run(value) else value) for value in decoded]
 
     def _run(self, batch: Sequence[Decoded]) -> Sequence[Any]:
         """Results or errors, one a request; if the batch fails, each request is run alone."""
@@ -63,12 +63,12 @@ class _Stage(ABC, Generic[Decoded, Result]):
         # Also an error of its own for each: Triton crashes on one that stands in two responses.
         return [_attempt(lambda one: self.run([one])[0], each) for each in batch]
 
-    def _decode(self, request: Any) -> Decoded:
-        if request.is_cancelled():
-            raise _Cancelled
-        return self.decode(request)
+    def _decode(self, request: Any) -> Decoded | None:
+        return None if request.is_cancelled() else self.decode(request)
 
     def _respond(self, result: Any) -> Any:
+        if result is None:  # The client gave it up; whatever is spent on it is lost.
+            result = pb_utils.TritonError("given up by the client", pb_utils.TritonError.CANCELLED)
         if isinstance(result, pb_utils.TritonError):
             return pb_utils.InferenceResponse(error=result)
         tensor = numpy2.tensor if numpy2.SWITCH in os.environ else pb_utils.Tensor
@@ -76,8 +76,8 @@ class _Stage(ABC, Generic[Decoded, Result]):
         return pb_utils.InferenceResponse(outputs)
 
 
-class _Cancelled(Exception):
-    """The client gave the request up; whatever is spent on it is lost."""
+def _is_to_run(decoded: Any) -> bool:
+    return decoded is not None and not isinstance(decoded, pb_utils.TritonError)
 
 
 def _attempt(function: Any, argument: Any) -> Any:
@@ -88,8 +88,6 @@ def _attempt(function: Any, argument: Any) -> Any:
         return pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
     except InvalidOutput as error:
         return pb_utils.TritonError(str(error), pb_utils.TritonError.INTERNAL)
-    except _Cancelled:
-        return pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
     except Exception as error:  # The client gets one line, the log what happened.
         pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
         return pb_utils.TritonError(
@@ -129,17 +127,22 @@ class TokenizerModel(_Stage[Pairs, Tokens]):
         }
 
 
-class CrossEncoderModel(_Stage[Tokens, Relevance]):
+class CrossEncoderModel(_Stage[tuple[Tokens, IsGivenUp], Relevance]):
     """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1]."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
 
-    def decode(self, request: Any) -> Tokens:
+    def decode(self, request: Any) -> tuple[Tokens, IsGivenUp]:
         lengths, query_lengths = _array(request, "lengths"), _array(request, "query_lengths")
-        return Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
+        tokens = Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
+        # Triton tells no step of an ensemble that its request was cancelled, but passes the timeout
+        # on. Counted from here, it bounds what is spent on a client that is gone.
+        timeout = request.timeout() / 1e6 or math.inf
+        deadline = time.monotonic() + timeout
+        return tokens, lambda: time.monotonic() > deadline
 
-    def run(self, batch: Sequence[Tokens]) -> Sequence[Relevance]:
+    def run(self, batch: Sequence[tuple[Tokens, IsGivenUp]]) -> Sequence[Relevance | None]:
         return self._cross_encoder.score(batch)
 
     def encode(self, result: Relevance) -> dict[str, np.ndarray[Any, Any]]:
