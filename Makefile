@@ -4,10 +4,12 @@ MODEL ?= default
 PRECISION ?= int8
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := loadtest/environments
+RESULT ?= loadtest/results/cpu.json
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export test lint clean
+.PHONY: help setup demo serve export bench test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +24,10 @@ serve: $(VENV)/.serving | published ## Serve the model repository until Ctrl-C
 
 export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8
 	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)
+
+bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, and write them into the README
+	$(BIN)/python -m loadtest.bench --output $(RESULT)
+	$(BIN)/python -m loadtest.report $(RESULT)
 
 test: $(VENV)/.all ## Run all tests
 	$(BIN)/pytest
@@ -51,3 +57,13 @@ $(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV) …"
 	@$(PIP) install --constraint constraints.txt --editable '.[export,dev]'
 	@touch $@ $(VENV)/.serving
+
+# In environments of their own, so that their pins do not touch ours. One that cannot be installed
+# is left out of the benchmark, which says so.
+$(PEERS)/.made: constraints.txt
+	@echo "Installing the peers into $(PEERS) …"
+	@mkdir -p $(PEERS)
+	@$(PYTHON) -m venv $(PEERS)/sentence-transformers
+	-@$(PEERS)/sentence-transformers/bin/pip --disable-pip-version-check --quiet install \
+		--constraint constraints.txt 'sentence-transformers[onnx,openvino]>=5.7,<6'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks: what each optimisation brings, and how other rerankers do on the same pairs."""

@@ -1,0 +1,292 @@
+"""``make bench``: the ladder of optimisations and the peers, on the same weights and pairs.
+
+Every contestant is a process (``contestant.py``) that stays loaded; they take turns at each
+request, so that a machine whose speed drifts drifts for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from tritonrank_server import default_model
+from tritonrank_server.export import export
+from tritonrank_server.serve import EmbeddedServer, Settings
+
+from .data import DL19, Request, ndcg_at_10, requests
+
+HERE = Path(__file__).parent
+MODELS = HERE / "models"
+PEERS = HERE / "environments"
+
+
+@dataclass
+class Contestant:
+    """One row of a table.
+
+    Attributes:
+        name: for ``contestant.py``.
+        table: ``ladder`` or ``peers``.
+        environment: folder of the virtual environment it runs in; default, this one's.
+        group: how many requests it is given at a time.
+        share: of how many requests, and how many documents of each, where all would take too long.
+        seconds, logits: what it took for each group, and found for each request.
+    """
+
+    name: str
+    table: str
+    label: str
+    environment: str | None = None
+    group: int = 1
+    share: tuple[int | None, int | None] = (None, None)
+    seconds: list[float] = field(default_factory=list)
+    logits: list[list[float]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def work(self, every: Sequence[Request]) -> list[list[tuple[str, list[str]]]]:
+        """Its requests, in groups."""
+        most, documents = self.share
+        pairs = [(each.query, each.documents[:documents]) for each in every[:most]]
+        return [pairs[i : i + self.group] for i in range(0, len(pairs), self.group)]
+
+
+def contestants(url: str) -> list[Contestant]:
+    """The rows. ``url`` is the gRPC address of a server with the INT8 export."""
+    ladder = [
+        Contestant("padded:4096", "ladder", "FP32, padded to 4096", share=(3, 2)),
+        Contestant("padded:512", "ladder", "FP32, padded to the model's 512", share=(3, 100)),
+        Contestant("padded:longest", "ladder", "padded to the longest of the request"),
+        Contestant("packed", "ladder", "packed: no padding but in attention"),
+        Contestant("pipeline:fp32", "ladder", "one document an execution, one a core"),
+        Contestant("pipeline:int8", "ladder", "INT8"),
+        Contestant(f"triton:{url}/1", "ladder", "through Triton, one client"),
+        Contestant(f"triton:{url}/4", "ladder", "through Triton, 4 clients at a time", group=4),
+    ]
+    own = "sentence-transformers"
+    peers = [
+        Contestant("transformers:", "peers", "transformers, a loop, FP32"),
+        Contestant("flashrank:", "peers", "plain ONNX Runtime, the wheel's INT8"),
+        Contestant("peer:torch", "peers", f"{own}, torch FP32", own),
+        Contestant("peer:torch-bf16", "peers", f"{own}, torch bf16", own, share=(3, 100)),
+        Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
+        Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
+        Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
+    ]
+    return ladder + peers
+
+
+def prepare() -> None:
+    """Writes what the contestants load into ``MODELS``, where it is not there yet."""
+    MODELS.mkdir(exist_ok=True)
+    checkpoint = MODELS / "checkpoint"
+    if not checkpoint.exists():
+        checkpoint.mkdir()
+        default_model.write_checkpoint(checkpoint)
+    onnx.save(default_model.int8_graph(), MODELS / "wheel.onnx")
+    graph = default_model.fp32_graph()
+    onnx.save(graph, MODELS / "padded.onnx")
+    _lengthen(graph, 8)
+    onnx.save(graph, MODELS / "padded-4096.onnx")
+    source = HERE.parent / "model_repository"
+    unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
+    for precision in ("fp32", "int8"):
+        repository = MODELS / f"repository-{precision}"
+        shutil.rmtree(repository, ignore_errors=True)
+        shutil.copytree(source, repository, symlinks=True, ignore=unpublished)
+        link = MODELS / precision
+        link.unlink(missing_ok=True)
+        link.symlink_to(export("default", precision, repository))
+
+
+def _lengthen(model: onnx.ModelProto, times: int) -> None:
+    """Repeats the position embeddings: a longer model with the same logits for short pairs."""
+    positions = np.arange(default_model.MAX_LENGTH)[None]
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("position_embeddings.weight_quantized"):
+            rows = np.tile(numpy_helper.to_array(tensor), (times, 1))
+            tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            value = node.attribute[0].t
+            if np.array_equal(numpy_helper.to_array(value), positions):
+                longer = np.arange(times * default_model.MAX_LENGTH)[None]
+                value.CopyFrom(numpy_helper.from_array(longer))
+
+
+@contextmanager
+def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
+    """The contestant's process, ready.
+
+    Raises:
+        RuntimeError: it could not be started; its last line on standard error says why.
+    """
+    folder = contestant.environment
+    python = str(PEERS / folder / "bin" / "python") if folder else sys.executable
+    log = MODELS / f"{contestant.label.replace('/', ' ')}.log"
+    command = [python, str(HERE / "contestant.py"), contestant.name, str(MODELS)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            # Its threads are not to spin while others have their turn.
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true"},
+        ) as process,
+    ):
+        assert process.stdin
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            if not line:
+                reason = log.read_text().strip().splitlines()[-1:] or ["no reason given"]
+                raise RuntimeError(f"{contestant.label}: {reason[0]}")
+            contestant.versions = json.loads(line)
+            yield process
+        finally:
+            process.stdin.close()
+            process.kill()
+
+
+def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> list[str]:
+    """Gives every contestant its requests, in turns; gives the failures, a line each."""
+    failures = []
+    with ExitStack() as stack:
+        started = []
+        for contestant in all_contestants:
+            _say(f"Loading {contestant.label} …")
+            try:
+                started.append((contestant, stack.enter_context(running(contestant))))
+            except (OSError, RuntimeError) as error:
+                failures.append(str(error))
+                _say(f"Left out: {error}")
+        for turn in range(len(every)):
+            _say(f"Request {turn + 1} of {len(every)} …")
+            for contestant, process in started:
+                groups = contestant.work(every)
+                if turn < len(groups):
+                    assert process.stdin
+                    assert process.stdout
+                    print(json.dumps(groups[turn]), file=process.stdin, flush=True)
+                    answer = json.loads(process.stdout.readline())
+                    contestant.seconds.append(answer["seconds"])
+                    contestant.logits += answer["logits"]
+    return failures
+
+
+def row(contestant: Contestant, every: Sequence[Request], reference: Contestant) -> dict[str, Any]:
+    """The contestant's figures; ``reference`` has the FP32 logits of the same requests."""
+    groups = contestant.work(every)
+    rates = [
+        sum(len(documents) for _, documents in group) / seconds
+        for group, seconds in zip(groups, contestant.seconds, strict=True)
+    ]
+    found = list(zip(every, contestant.logits, reference.logits))
+    errors = [
+        abs(logit - exact)
+        for _, logits, reference_logits in found
+        for logit, exact in zip(logits, reference_logits)
+    ]
+    result: dict[str, Any] = {
+        "label": contestant.label,
+        "table": contestant.table,
+        "pairs_per_second": _spread(rates),
+        "requests": len(contestant.logits),
+        "pairs": len(errors),
+        "largest_logit_error": max(errors),
+        "versions": contestant.versions,
+    }
+    whole = all(len(logits) == len(each.documents) for each, logits, _ in found)
+    if whole and found[0][0].ideal:
+        for key, index in (("ndcg_at_10", 1), ("ndcg_at_10_of_fp32", 2)):
+            values = [ndcg_at_10(each[0], np.argsort(-np.array(each[index]))) for each in found]
+            result[key] = float(np.mean(values))
+    return result
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": float(np.median(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Names the machine, as far as its kernel does."""
+    facts: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return {
+        "cpu": f"{facts['model name']}, family {facts['cpu family']}, model {facts['model']}",
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [name for name in wanted if name in facts["flags"].split()],
+        "gpu": None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
+def main() -> int:
+    """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--queries", type=int, default=12, help="of 100 documents each")
+    parser.add_argument("--only", default="", help="labels that contain this")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
+    arguments = parser.parse_args()
+    prepare()
+    every = requests(arguments.queries)
+    repository = MODELS / "repository-int8"
+    settings = Settings(repository, grpc_port=0, http_port=0, metrics_port=0)
+    with EmbeddedServer(settings) as server:
+        chosen = [
+            each
+            for each in contestants(server.grpc_url)
+            if arguments.only in each.label or each.name == "packed"
+        ]
+        failures = measure(chosen, every)
+    [reference] = [each for each in chosen if each.name == "packed"]
+    result = {
+        "hardware": hardware(),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in ("onnxruntime", "tokenizers", "tritonrank")},
+        "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated",
+        "queries": len(every),
+        "rows": [row(each, every, reference) for each in chosen if each.seconds],
+        "left_out": failures,
+    }
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    _say(f"Wrote {arguments.output}")
+    return 0
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
