@@ -67,8 +67,8 @@ class Contestant:
 def contestants(url: str) -> list[Contestant]:
     """The rows. ``url`` is the gRPC address of a server with the INT8 export."""
     ladder = [
-        Contestant("padded:4096", "ladder", "FP32, padded to 4096", share=(3, 2)),
-        Contestant("padded:512", "ladder", "FP32, padded to the model's 512", share=(3, 100)),
+        Contestant("padded:4096", "ladder", "FP32, padded to 4096", share=(2, 2)),
+        Contestant("padded:512", "ladder", "FP32, padded to the model's 512", share=(2, 100)),
         Contestant("padded:longest", "ladder", "padded to the longest of the request"),
         Contestant("packed", "ladder", "packed: no padding but in attention"),
         Contestant("pipeline:fp32", "ladder", "one document an execution, one a core"),
@@ -81,7 +81,7 @@ def contestants(url: str) -> list[Contestant]:
         Contestant("transformers:", "peers", "transformers, a loop, FP32"),
         Contestant("flashrank:", "peers", "plain ONNX Runtime, the wheel's INT8"),
         Contestant("peer:torch", "peers", f"{own}, torch FP32", own),
-        Contestant("peer:torch-bf16", "peers", f"{own}, torch bf16", own, share=(3, 100)),
+        Contestant("peer:torch-bf16", "peers", f"{own}, torch bf16", own, share=(2, 100)),
         Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
         Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
         Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
@@ -248,7 +248,7 @@ def hardware() -> dict[str, Any]:
 def main() -> int:
     """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--queries", type=int, default=12, help="of 100 documents each")
+    parser.add_argument("--queries", type=int, default=8, help="of 100 documents each")
     parser.add_argument("--only", default="", help="labels that contain this")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
     arguments = parser.parse_args()
