@@ -391,6 +391,14 @@ def test_the_one_before_is_kept_and_older_ones_go(
     assert (repository / "cross_encoder" / "current").resolve() == folders[-1].resolve()
 
 
+def test_one_export_waits_for_another(repository: Path) -> None:
+    command = [sys.executable, "-m", "tritonrank", "export", "default"]
+    command.append(f"--model-repository={repository}")
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+
+
 def test_the_default_needs_no_torch(repository: Path) -> None:
     script = (
         "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None);"

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from conftest import new_repository, pipeline, start
+from tritonclient.utils import InferenceServerException
 from tritonrank import RerankClient
 from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
 
@@ -102,6 +105,50 @@ def test_numpy_2(int8_repository: Path, tmp_path: Path) -> None:
             assert [each.index for each in ranking] == expected.indices.tolist()
             assert [each.logit for each in ranking] == expected.logits.tolist()
             assert [each.score for each in ranking] == expected.scores.tolist()
+
+
+def test_a_dead_stub_ends_the_server(int8_repository: Path) -> None:
+    with serving(int8_repository) as (process, _):
+        [tritonserver] = {pid for pid in descendants(process.pid) if descendants(pid)}
+        os.kill(min(descendants(tritonserver)), signal.SIGKILL)
+        assert process.stderr
+        assert "Python backend died" in process.stderr.read()
+        assert process.wait() == 1
+
+
+def test_a_log_that_nobody_reads_stops_nothing(int8_repository: Path) -> None:
+    with serving(int8_repository) as (process, url), RerankClient(url, timeout=60) as client:
+        assert process.stderr
+        process.stderr.close()
+        request = triton.InferInput("input_ids", [1, 4], "INT32")
+        ones = triton.InferInput("lengths", [1, 1], "INT32")
+        request.set_data_from_numpy(np.full((1, 4), 10**8, np.int32))
+        ones.set_data_from_numpy(np.int32([[4]]))
+        query = triton.InferInput("query_lengths", [1, 1], "INT32")
+        query.set_data_from_numpy(np.int32([[1]]))
+        with triton.InferenceServerClient(url) as direct:
+            for _ in range(400):  # A pipe holds 64 KiB.
+                with pytest.raises(InferenceServerException):
+                    direct.infer("cross_encoder", [request, ones, query], client_timeout=60)
+        assert client.rank("tea", ["a car", "green tea"])[0].index == 1
+
+
+def test_a_name_for_a_host_and_a_proxy_around(
+    int8_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    with EmbeddedServer(Settings(int8_repository, host="localhost", **ports)) as server:
+        assert server.http_url.startswith("127.0.0.1:")
+    with pytest.raises(ServerError, match="pass an IPv4 address"):
+        EmbeddedServer(Settings(int8_repository, host="::1", **ports))
+
+
+def test_a_path_that_a_shell_would_read_is_refused(int8_repository: Path, tmp_path: Path) -> None:
+    for name in ("with space", "$(touch injected)", "경로"):
+        (tmp_path / name).symlink_to(int8_repository)
+        with pytest.raises(ServerError, match="letters, digits"), start(tmp_path / name):
+            pass
 
 
 def test_two_servers_side_by_side(int8_repository: Path) -> None:

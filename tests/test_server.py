@@ -307,9 +307,20 @@ def test_malformed_bytes_are_refused_and_harm_nobody(
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize(("length", "token"), [(9, 1), (-3, 1), (0, 1), (4, 10**8)])
+LENGTHS, LOG = "lengths are not the tokens", "its log says why"
+
+
+@pytest.mark.parametrize(
+    ("length", "token", "message"),
+    [(10**8, 1, LENGTHS), (-3, 1, LENGTHS), (0, 1, LENGTHS), (4, 10**8, LOG)],
+)
 def test_nonsense_sent_to_the_scorer_itself_harms_nobody(
-    client: RerankClient, int8_server: EmbeddedServer, sample: Sample, length: int, token: int
+    client: RerankClient,
+    int8_server: EmbeddedServer,
+    sample: Sample,
+    length: int,
+    token: int,
+    message: str,
 ) -> None:
     values = {"input_ids": [[token] * 4], "lengths": [[length]], "query_lengths": [[1]]}
     inputs = [triton.InferInput(name, list(np.shape(v)), "INT32") for name, v in values.items()]
@@ -320,7 +331,7 @@ def test_nonsense_sent_to_the_scorer_itself_harms_nobody(
         triton.InferenceServerClient(int8_server.grpc_url) as direct,
     ):
         for _ in range(8):
-            with pytest.raises(InferenceServerException, match="its log says why"):
+            with pytest.raises(InferenceServerException, match=message):
                 direct.infer("cross_encoder", inputs, client_timeout=60)
 
 

@@ -8,6 +8,7 @@ rename changes all of it at once.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -216,7 +217,12 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _staging(models: Path) -> Iterator[Path]:
-    """A folder beside the published ones, gone after an export that was not published."""
+    """A folder beside the published ones, gone after an export that was not published.
+
+    One export at a time: another waits here for the lock, which goes with its process.
+    """
+    lock = os.open(models, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     for left_by_a_killed_export in models.glob(".staging-*"):
         shutil.rmtree(left_by_a_killed_export)
     folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=models))
@@ -224,6 +230,7 @@ def _staging(models: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _publish(staging: Path) -> Path:

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class EmbeddedServer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings = settings = replace(settings, host=_address(settings.host))
         ports = _free_ports(settings)
         self.grpc_url, self.http_url, self.metrics_url = (f"{settings.host}:{p}" for p in ports)
         # Its own prefix, so that servers side by side never meet in /dev/shm.
@@ -90,8 +91,8 @@ class EmbeddedServer:
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"no package {package}", name=package)
         repository = self._settings.model_repository
-        _check_repository(repository)
         home = assets.tritonserver()
+        _check_repository(repository, home)
         self._process = subprocess.Popen(
             [home / "bin" / "tritonserver", *self._arguments(home)],
             env=_environment(),
@@ -118,8 +119,18 @@ class EmbeddedServer:
         self._stop()
 
     def wait(self) -> int:
-        """Blocks until the server ends by itself; gives its exit status."""
-        return self._process.wait()
+        """Blocks until the server ends by itself; gives its exit status.
+
+        Raises:
+            ServerError: a process of the Python backend died. Triton does not start it again, says
+                that it is ready, and fails what that process would have answered.
+        """
+        stubs = _children(self.pid)
+        while self._process.poll() is None:
+            if not stubs <= _children(self.pid):
+                raise ServerError("a process of Triton's Python backend died: start anew")
+            time.sleep(0.5)
+        return self._process.returncode
 
     @property
     def pid(self) -> int:
@@ -166,9 +177,11 @@ class EmbeddedServer:
         path = self._settings.log
         with open(path, "wb") if path else nullcontext(sys.stderr.buffer) as sink:
             for line in self._process.stdout:
-                if not any(words in line for words in HARMLESS):
-                    sink.write(line)
-                    sink.flush()
+                # Read on also where nobody reads the log, or Triton would wait for ever.
+                with suppress(OSError):
+                    if not any(words in line for words in HARMLESS):
+                        sink.write(line)
+                        sink.flush()
 
     def _stop(self) -> None:
         self._process.terminate()
@@ -180,6 +193,16 @@ class EmbeddedServer:
         self._log.join()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
+
+
+def _address(host: str) -> str:
+    """The IPv4 address of a name: Triton's HTTP service takes no names."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ServerError(
+            f"cannot listen on {host or 'an empty host'}: pass an IPv4 address, or a name of one"
+        ) from error
 
 
 def _free_ports(settings: Settings) -> list[int]:
@@ -198,22 +221,43 @@ def _free_ports(settings: Settings) -> list[int]:
             each.close()
 
 
-def _check_repository(repository: Path) -> None:
+def _check_repository(repository: Path, home: Path) -> None:
     if not (repository / "reranker" / "config.pbtxt").is_file():
         raise ServerError(
             f"no model repository at {repository}: run this in a checkout of tritonrank, or name "
             "the folder with --model-repository"
         )
+    for path in (str(repository), sys.executable, str(home)):
+        if not re.fullmatch(r"[\w./+=:,@%-]+", path, re.ASCII):
+            raise ServerError(
+                f"Triton hands {path!r} to a shell unquoted: use a path of letters, digits, . _ -"
+            )
     if not (repository / "cross_encoder" / "1" / "model.onnx").exists():
         raise ServerError(f"no model in {repository}: run `tritonrank export` first")
 
 
+#: Past any proxy that the environment names.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def _is_ready(http_url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{http_url}/v2/health/ready", timeout=1) as response:
+        with _DIRECT.open(f"http://{http_url}/v2/health/ready", timeout=1) as response:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+def _children(pid: int) -> set[int]:
+    """Process ids of its children that run; see proc(5)."""
+    running = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # A thread, or a child, that just ended.
+            for child in path.read_text().split():
+                state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    running.add(int(child))
+    return running
 
 
 def _backends(home: Path) -> Path:

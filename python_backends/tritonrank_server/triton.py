@@ -136,6 +136,11 @@ class CrossEncoderModel(_Stage[tuple[Tokens, IsGivenUp], Relevance]):
     def decode(self, request: Any) -> tuple[Tokens, IsGivenUp]:
         lengths, query_lengths = _array(request, "lengths"), _array(request, "query_lengths")
         tokens = Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
+        real = (tokens.input_ids >= 0).sum(1)
+        if real.min() < 1 or not np.array_equal(real, tokens.lengths):
+            raise InvalidInput(
+                "lengths are not the tokens of the rows of input_ids: send the request to reranker"
+            )
         # Triton tells no step of an ensemble that its request was cancelled, but passes the timeout
         # on. Counted from here, it bounds what is spent on a client that is gone.
         timeout = request.timeout() / 1e6 or math.inf
