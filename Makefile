@@ -37,8 +37,8 @@ lint: $(VENV)/.all ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## Remove .venv and what was exported
-	rm -rf $(VENV) build model_repository/cross_encoder/current model_repository/cross_encoder/export-*
+clean: ## Remove the environments and what was exported
+	rm -rf $(VENV) $(PEERS) loadtest/models build model_repository/cross_encoder/current model_repository/cross_encoder/export-*
 
 # The default model, unless a model is published already.
 .PHONY: published
