@@ -225,8 +225,9 @@ def _staging(models: Path) -> Iterator[Path]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     for left_by_a_killed_export in models.glob(".staging-*"):
         shutil.rmtree(left_by_a_killed_export)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=models))
-    try:
+    folder = models / f".staging-{os.getpid()}"
+    try:  # From before it is made: a signal may come right after.
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
