@@ -90,7 +90,7 @@ def contestants(url: str) -> list[Contestant]:
 
 
 def prepare() -> None:
-    """Writes what the contestants load into ``MODELS``, where it is not there yet."""
+    """Writes what the contestants load into ``MODELS``."""
     MODELS.mkdir(exist_ok=True)
     checkpoint = MODELS / "checkpoint"
     if not checkpoint.exists():
@@ -249,7 +249,6 @@ def main() -> int:
     """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--queries", type=int, default=8, help="of 100 documents each")
-    parser.add_argument("--only", default="", help="labels that contain this")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
     arguments = parser.parse_args()
     prepare()
@@ -257,20 +256,16 @@ def main() -> int:
     repository = MODELS / "repository-int8"
     settings = Settings(repository, grpc_port=0, http_port=0, metrics_port=0)
     with EmbeddedServer(settings) as server:
-        chosen = [
-            each
-            for each in contestants(server.grpc_url)
-            if arguments.only in each.label or each.name == "packed"
-        ]
-        failures = measure(chosen, every)
-    [reference] = [each for each in chosen if each.name == "packed"]
+        rows = contestants(server.grpc_url)
+        failures = measure(rows, every)
+    [reference] = [each for each in rows if each.name == "packed"]
     result = {
         "hardware": hardware(),
         "commit": _commit(),
         "versions": {name: version(name) for name in ("onnxruntime", "tokenizers", "tritonrank")},
         "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated",
         "queries": len(every),
-        "rows": [row(each, every, reference) for each in chosen if each.seconds],
+        "rows": [row(each, every, reference) for each in rows if each.seconds],
         "left_out": failures,
     }
     arguments.output.parent.mkdir(exist_ok=True)

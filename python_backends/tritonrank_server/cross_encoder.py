@@ -52,7 +52,7 @@ class CrossEncoder:
             graph,
             options,
             providers=["CPUExecutionProvider"],
-            # Its kernel took as long as five additions and normalisations apart.
+            # Its kernel took three times as long as an addition and a normalisation apart.
             disabled_optimizers=["SkipLayerNormFusion"],
         )
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))

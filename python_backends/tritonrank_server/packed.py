@@ -160,7 +160,7 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
             input_names=PACKED_INPUTS,
             output_names=["logits"],
             dynamic_shapes=shapes,
-            opset_version=20,  # The first with Gelu,
+            opset_version=20,  # The first with Gelu.
             dynamo=True,
             verbose=False,
         )
