@@ -72,12 +72,7 @@ def packed(models: Path) -> Score:
     def score(query: str, documents: list[str]) -> Any:
         pairs = tokenizer.read(query.encode(), [document.encode() for document in documents])
         [tokens] = tokenizer.encode([pairs])
-        feed = {
-            "input_ids": tokens.input_ids.ravel(),
-            "lengths": tokens.lengths[:, None],
-            "query_lengths": tokens.query_lengths[:, None],
-        }
-        return session.run(["logits"], feed)[0]
+        return session.run(["logits"], tokens.inputs())[0]
 
     return each(score)
 

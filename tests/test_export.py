@@ -193,12 +193,7 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     tokenizer = pipeline(repository).tokenizer
     [tokens] = tokenizer.encode([tokenizer.read(query.encode(), [t.encode() for t in texts])])
     graph = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
-    feed = {
-        "input_ids": tokens.input_ids.ravel(),
-        "lengths": tokens.lengths[:, None],
-        "query_lengths": tokens.query_lengths[:, None],
-    }
-    return graph.run(["logits"], feed)[0][:, 0]
+    return graph.run(["logits"], tokens.inputs())[0][:, 0]
 
 
 def test_a_nan_stays_in_its_document(tmp_path: Path, sample: Sample) -> None:

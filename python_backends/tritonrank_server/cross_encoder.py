@@ -81,14 +81,7 @@ class CrossEncoder:
         tokens, is_given_up = document
         if is_given_up():
             return None
-        logits, scores = self._session.run(
-            ["logits", "scores"],
-            {
-                "input_ids": tokens.input_ids.reshape(-1),
-                "lengths": tokens.lengths[:, None],
-                "query_lengths": tokens.query_lengths[:, None],
-            },
-        )
+        logits, scores = self._session.run(["logits", "scores"], tokens.inputs())
         return logits.item(), scores.item()
 
 

@@ -164,11 +164,8 @@ def _logits_of_one_execution(
             for each in requests
         ]
     )
-    feed = {
-        "input_ids": np.concatenate([tokens.input_ids.ravel() for tokens in batch]),
-        "lengths": np.concatenate([tokens.lengths for tokens in batch])[:, None],
-        "query_lengths": np.concatenate([tokens.query_lengths for tokens in batch])[:, None],
-    }
+    inputs = [tokens.inputs() for tokens in batch]
+    feed = {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     logits: Float32 = session.run(["logits"], feed)[0][:, 0]
     return logits

@@ -42,6 +42,14 @@ class Tokens:
     lengths: Int32
     query_lengths: Int32
 
+    def inputs(self) -> dict[str, Int32]:
+        """The graph's inputs: ``input_ids`` [N·L], ``lengths`` and ``query_lengths`` [N, 1]."""
+        return {
+            "input_ids": self.input_ids.ravel(),
+            "lengths": self.lengths[:, None],
+            "query_lengths": self.query_lengths[:, None],
+        }
+
     def documents(self) -> Iterator[Tokens]:
         """The same pairs one by one: N results with N = 1 and no ``FILL``."""
         for i, length in enumerate(self.lengths):
