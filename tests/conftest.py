@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.resources import files
@@ -18,6 +19,10 @@ from tritonrank_server.tokenizer import PairTokenizer
 
 MODEL_REPOSITORY = Path(__file__).parents[1] / "model_repository"
 MAX_DOCUMENTS = 1024
+
+
+# A shell starts what runs in the background with SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def new_repository(folder: Path) -> Path:

@@ -140,6 +140,12 @@ def repository(tmp_path: Path) -> Path:
     return new_repository(tmp_path / "repository")
 
 
+@pytest.fixture
+def published(tmp_path: Path, int8_repository: Path) -> Path:
+    """A repository with the default model in it."""
+    return Path(shutil.copytree(int8_repository, tmp_path / "published", symlinks=True))
+
+
 def snapshot(repository: Path) -> dict[str, bytes | str]:
     """Every file's content and every link's target."""
     return {
@@ -151,7 +157,7 @@ def snapshot(repository: Path) -> dict[str, bytes | str]:
     }
 
 
-def reference(folder: Path, query: str, documents: list[str]) -> np.ndarray:
+def reference(folder: Path, query: str, documents: list[str], max_length: int = 64) -> np.ndarray:
     """Logits of transformers' own model, padded, with its own tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -160,7 +166,7 @@ def reference(folder: Path, query: str, documents: list[str]) -> np.ndarray:
         documents,
         padding=True,
         truncation="only_second",
-        max_length=64,
+        max_length=max_length,
         return_tensors="pt",
     )
     with torch.inference_mode():
@@ -186,6 +192,18 @@ def test_logits_equal_transformers(
     actual = ranking.logits[np.argsort(ranking.indices)]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
     # The graph takes any number of documents at once, as Triton's own backend gives it.
+    np.testing.assert_allclose(in_one_run(repository, query, texts), expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_of_4096_positions(repository: Path, tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", "bert", sample, max_position_embeddings=4096
+    )
+    folder = export(str(checkpoint), "fp32", repository)
+    assert json.loads((folder / "export.json").read_text())["max_length"] == 4096
+    query, documents = sample[0]
+    texts = [documents[0], " ".join(documents) * 3, "udp " * 5000]
+    expected = reference(checkpoint, query, texts, 4096)
     np.testing.assert_allclose(in_one_run(repository, query, texts), expected, rtol=0, atol=1e-4)
 
 
@@ -334,24 +352,24 @@ def test_no_such_checkpoint_is_one_line(
 
 
 def test_a_refused_export_leaves_what_was_there(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+    published: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export("default", "int8", repository)
-    before = snapshot(repository)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
+    before = snapshot(published)
     monkeypatch.setitem(module.LIMITS, "int8", [("logit_error", 1e-6, True)])
     with pytest.raises(ExportRefused, match=r"logit_error is .*, and the limit is 1e-06"):
-        export("default", "int8", repository)
-    assert snapshot(repository) == before
+        export(str(checkpoint), "int8", published)
+    assert snapshot(published) == before
 
 
-def test_a_folder_that_was_deleted_is_published_again(repository: Path) -> None:
-    shutil.rmtree(export("default", "int8", repository))
-    assert (export("default", "int8", repository) / "model.onnx").exists()
+def test_a_folder_that_was_deleted_is_published_again(published: Path) -> None:
+    shutil.rmtree((published / "cross_encoder" / "current").resolve())
+    assert (export("default", "int8", published) / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_export_leaves_what_was_there(repository: Path, how: signal.Signals) -> None:
-    export("default", "int8", repository)
+def test_an_interrupted_export_leaves_what_was_there(published: Path, how: signal.Signals) -> None:
+    repository = published
     before = snapshot(repository)
     command = [sys.executable, "-m", "tritonrank", "export", "default", "--precision=fp32"]
     with subprocess.Popen(
@@ -373,37 +391,28 @@ def test_an_interrupted_export_leaves_what_was_there(repository: Path, how: sign
 
 
 def test_the_one_before_is_kept_and_older_ones_go(
-    repository: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
+    published: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(repository.parent)  # As the command runs: the repository's path is relative.
-    relative = Path(repository.name)
-    folders = [export("default", "int8", relative)]
+    monkeypatch.chdir(published.parent)  # As the command runs: the repository's path is relative.
+    relative = Path(published.name)
+    folders = [(relative / "cross_encoder" / "current").resolve()]
     for seed in (0.2, 0.3):
         checkpoint = write_checkpoint(tmp_path / str(seed), "bert", sample, initializer_range=seed)
         folders.append(export(str(checkpoint), "fp32", relative))
     assert folders[-1] == export(str(checkpoint), "fp32", relative)
     assert [folder.exists() for folder in folders] == [False, True, True]
-    assert (repository / "cross_encoder" / "current").resolve() == folders[-1].resolve()
+    assert (relative / "cross_encoder" / "current").resolve() == folders[-1].resolve()
 
 
-def test_one_export_waits_for_another(repository: Path) -> None:
-    command = [sys.executable, "-m", "tritonrank", "export", "default"]
-    command.append(f"--model-repository={repository}")
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-
-
-def test_the_default_needs_no_torch(repository: Path) -> None:
+def test_one_export_waits_for_another_and_the_default_needs_no_torch(repository: Path) -> None:
     script = (
         "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None);"
         "from tritonrank_server.export import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["default", f"--model-repository={repository}"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", script, "default", f"--model-repository={repository}"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     assert (repository / "tokenizer" / "1" / "tokenizer.json").exists()
 
 

@@ -307,30 +307,30 @@ def test_malformed_bytes_are_refused_and_harm_nobody(
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-LENGTHS, LOG = "lengths are not the tokens", "its log says why"
-
-
 @pytest.mark.parametrize(
-    ("length", "token", "message"),
-    [(10**8, 1, LENGTHS), (-3, 1, LENGTHS), (0, 1, LENGTHS), (4, 10**8, LOG)],
+    ("values", "message"),
+    [
+        ([(10**8, 1), (-3, 1), (0, 1)], "lengths are not the tokens"),
+        ([(4, 10**8)], "its log says why"),
+    ],
 )
 def test_nonsense_sent_to_the_scorer_itself_harms_nobody(
     client: RerankClient,
     int8_server: EmbeddedServer,
     sample: Sample,
-    length: int,
-    token: int,
+    values: list[tuple[int, int]],
     message: str,
 ) -> None:
-    values = {"input_ids": [[token] * 4], "lengths": [[length]], "query_lengths": [[1]]}
-    inputs = [triton.InferInput(name, list(np.shape(v)), "INT32") for name, v in values.items()]
-    for each, value in zip(inputs, values.values()):
-        each.set_data_from_numpy(np.array(value, np.int32))
     with (
         good_clients(client, sample),
         triton.InferenceServerClient(int8_server.grpc_url) as direct,
     ):
-        for _ in range(8):
+        for length, token in values * 3:
+            tensors = {"input_ids": [[token] * 4], "lengths": [[length]], "query_lengths": [[1]]}
+            inputs = []
+            for name, value in tensors.items():
+                inputs.append(triton.InferInput(name, list(np.shape(value)), "INT32"))
+                inputs[-1].set_data_from_numpy(np.array(value, np.int32))
             with pytest.raises(InferenceServerException, match=message):
                 direct.infer("cross_encoder", inputs, client_timeout=60)
 

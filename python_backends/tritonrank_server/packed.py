@@ -2,8 +2,11 @@
 
 Hidden states are [1, T, hidden] with T real tokens, so every linear layer, normalisation and
 activation runs on no padding. Attention alone needs the documents apart: queries, keys and values
-are gathered into [N, heads, L, d], and its output is gathered back. It is put in by transformers'
-attention interface, so the layers are the checkpoint's own code.
+are gathered into [N, L, hidden], and its output is gathered back. It is put in by transformers'
+attention interface, so the layers are the checkpoint's own code, and is ONNX Runtime's operator
+MultiHeadAttention. On a GPU, given the lengths, that runs as memory-efficient attention (Rabe and
+Staats 2021): nothing as large as L × L is ever held, which one long document among a thousand short
+ones would otherwise ask of all of them.
 """
 
 from __future__ import annotations
@@ -38,26 +41,29 @@ def packed_attention(
     *,
     scaling: float,
     slots: Tensor,
-    bias: Tensor,
+    spans: Tensor,
     unslots: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document: [1, heads, T, d] three times → [1, T, heads, d].
-
-    The softmax is in FP32, where the scores of an FP16 model cannot overflow.
-    """
+    """Attention within each document: [1, heads, T, d] three times → [1, T, heads · d]."""
+    heads = query.shape[1]
 
     def apart(states: Tensor) -> Tensor:
-        """[1, heads, T, d] → [N, heads, L, d]."""
-        packed = states[0].transpose(0, 1)
-        # Not packed[slots], which is exported as the slower GatherND.
-        rows = packed.index_select(0, slots.flatten())
-        return rows.reshape(*slots.shape, *packed.shape[1:]).transpose(1, 2)
+        """[1, heads, T, d] → [N, L, heads · d]."""
+        rows = states.transpose(1, 2).flatten(2).squeeze(0)
+        # Not rows[slots], which is exported as the slower GatherND.
+        return rows.index_select(0, slots.flatten()).reshape(*slots.shape, -1)
 
     query, key, value = apart(query), apart(key), apart(value)
-    scores = (query * scaling) @ key.transpose(2, 3)  # [N, heads, L, L]
-    attended = (scores.float() + bias).softmax(-1).to(value.dtype) @ value
-    return attended.transpose(1, 2).flatten(0, 1).index_select(0, unslots)[None], None
+    attended = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value, None, spans),
+        {"num_heads": heads, "scale": scaling},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+    return attended.flatten(0, 1).index_select(0, unslots)[None], None
 
 
 AttentionInterface.register("tritonrank_packed", packed_attention)
@@ -85,6 +91,7 @@ class PackedCrossEncoder(nn.Module):
         positions: Tensor,
         slots: Tensor,
         mask: Tensor,
+        spans: Tensor,
         unslots: Tensor,
         first: Tensor,
     ) -> Tensor:
@@ -101,13 +108,10 @@ class PackedCrossEncoder(nn.Module):
         )
         if hasattr(base, "embeddings_project"):  # ELECTRA with small embeddings
             hidden = base.embeddings_project(hidden)
-        # Half of FP32's lowest: what a score adds cannot make it infinite.
-        hide = torch.finfo(torch.float32).min / 2
-        bias = torch.zeros(mask.shape).masked_fill(~mask, hide)[:, None, None, :]  # [N, 1, 1, L]
         hidden = base.encoder(
-            hidden, attention_mask=None, slots=slots, bias=bias, unslots=unslots
+            hidden, attention_mask=None, slots=slots, spans=spans, unslots=unslots
         ).last_hidden_state
-        first_rows = hidden[0][first][:, None]  # [N, 1, hidden]
+        first_rows = hidden[0].index_select(0, first)[:, None]  # [N, 1, hidden]
         pooler = getattr(base, "pooler", None)
         logits: Tensor = self.model.classifier(pooler(first_rows) if pooler else first_rows)
         return logits
@@ -144,11 +148,12 @@ def export_packed(module: PackedCrossEncoder) -> onnx.ModelProto:
         place.expand(len(lengths), -1)[mask],
         first[:, None] + place * mask,
         mask,
+        torch.zeros(3 * len(lengths) + 2, dtype=torch.int32),
         mask.flatten().nonzero()[:, 0],
         first,
     )
     packed, documents, padded = {0: "t"}, {0: "n"}, {0: "n", 1: "l"}
-    axes = (packed, packed, packed, padded, padded, packed, documents)
+    axes = (packed, packed, packed, padded, padded, {0: "spans"}, packed, documents)
     shapes = tuple({axis: torch.export.Dim(name) for axis, name in each.items()} for each in axes)
     # The exporter warns of what it does itself, and of torchvision, which has no part in this.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
