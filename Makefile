@@ -5,7 +5,6 @@ PRECISION ?= int8
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := loadtest/environments
-RESULT ?= loadtest/results/cpu.json
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -26,8 +25,8 @@ export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VEN
 	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)
 
 bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, and write them into the README
-	$(BIN)/python -m loadtest.bench --output $(RESULT)
-	$(BIN)/python -m loadtest.report $(RESULT)
+	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
+	$(BIN)/python -m loadtest.report
 
 test: $(VENV)/.all ## Run all tests
 	$(BIN)/pytest
@@ -60,10 +59,12 @@ $(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # In environments of their own, so that their pins do not touch ours. One that cannot be installed
 # is left out of the benchmark, which says so.
-$(PEERS)/.made: constraints.txt
+$(PEERS)/.made: $(wildcard loadtest/peers/*.txt) constraints.txt
 	@echo "Installing the peers into $(PEERS) …"
 	@mkdir -p $(PEERS)
-	@$(PYTHON) -m venv $(PEERS)/sentence-transformers
-	-@$(PEERS)/sentence-transformers/bin/pip --disable-pip-version-check --quiet install \
-		--constraint constraints.txt 'sentence-transformers[onnx,openvino]>=5.7,<6'
+	-@for peer in $(basename $(notdir $(wildcard loadtest/peers/*.txt))); do \
+		$(PYTHON) -m venv $(PEERS)/$$peer; \
+		$(PEERS)/$$peer/bin/pip --disable-pip-version-check --quiet install \
+			--constraint constraints.txt --requirement loadtest/peers/$$peer.txt; \
+	done
 	@touch $@

@@ -22,14 +22,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
+from tritonrank_server.graph import ragged
 from tritonrank_server.serve import EmbeddedServer, Settings
 
+from .anatomy import anatomy
 from .data import DL19, Request, ndcg_at_10, requests
+from .growth import growth, queue_delay
 
 HERE = Path(__file__).parent
+GPU = "CUDAExecutionProvider" in ort.get_available_providers()
+#: The contestant whose logits are the others' measure.
+REFERENCE = "packed:fp32"
 MODELS = HERE / "models"
 PEERS = HERE / "environments"
 
@@ -42,18 +49,20 @@ class Contestant:
         name: for ``contestant.py``.
         table: ``ladder`` or ``peers``.
         environment: folder of the virtual environment it runs in; default, this one's.
-        group: how many requests it is given at a time.
+        clients: how many requests it is given at a time.
         share: of how many requests, and how many documents of each, where all would take too long.
-        seconds, logits: what it took for each group, and found for each request.
+        seconds: what it took for each group of so many requests.
+        latencies, logits: what it took for each request, and found.
     """
 
     name: str
     table: str
     label: str
     environment: str | None = None
-    group: int = 1
+    clients: int = 1
     share: tuple[int | None, int | None] = (None, None)
     seconds: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
     logits: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -61,31 +70,46 @@ class Contestant:
         """Its requests, in groups."""
         most, documents = self.share
         pairs = [(each.query, each.documents[:documents]) for each in every[:most]]
-        return [pairs[i : i + self.group] for i in range(0, len(pairs), self.group)]
+        return [pairs[i : i + self.clients] for i in range(0, len(pairs), self.clients)]
 
 
-def contestants(url: str) -> list[Contestant]:
-    """The rows. ``url`` is the gRPC address of a server with the INT8 export."""
+def contestants(url: str | None) -> list[Contestant]:
+    """The rows. ``url`` is the gRPC address of a server; without one it has no rows."""
     ladder = [
         Contestant("padded:4096", "ladder", "FP32, padded to 4096", share=(2, 2)),
         Contestant("padded:512", "ladder", "FP32, padded to the model's 512", share=(2, 100)),
         Contestant("padded:longest", "ladder", "padded to the longest of the request"),
-        Contestant("packed", "ladder", "packed: no padding but in attention"),
-        Contestant("pipeline:fp32", "ladder", "one document an execution, one a core"),
-        Contestant("pipeline:int8", "ladder", "INT8"),
-        Contestant(f"triton:{url}/1", "ladder", "through Triton, one client"),
-        Contestant(f"triton:{url}/4", "ladder", "through Triton, 4 clients at a time", group=4),
+        Contestant(REFERENCE, "ladder", "packed: no padding but in attention"),
     ]
     own = "sentence-transformers"
     peers = [
         Contestant("transformers:", "peers", "transformers, a loop, FP32"),
-        Contestant("flashrank:", "peers", "plain ONNX Runtime, the wheel's INT8"),
         Contestant("peer:torch", "peers", f"{own}, torch FP32", own),
-        Contestant("peer:torch-bf16", "peers", f"{own}, torch bf16", own, share=(2, 100)),
-        Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
-        Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
-        Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
+        Contestant("infinity:", "peers", "infinity, its server", "infinity"),
+        Contestant("infinity:", "peers", "infinity, 4 clients at a time", "infinity", clients=4),
     ]
+    if GPU:
+        ladder.append(Contestant("packed:fp16", "ladder", "FP16"))
+        peers.append(Contestant("peer:torch-fp16", "peers", f"{own}, torch FP16", own))
+    else:
+        ladder += [
+            Contestant("pipeline:fp32", "ladder", "one document an execution, one a core"),
+            Contestant("pipeline:int8", "ladder", "INT8"),
+        ]
+        peers += [
+            Contestant("peer:torch-bf16", "peers", f"{own}, torch bf16", own, share=(2, 100)),
+            Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
+            Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
+            Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
+            Contestant("flashrank:", "peers", "plain ONNX Runtime, the wheel's INT8"),
+            Contestant("openvino:", "peers", "this project's ragged graph in OpenVINO", own),
+        ]
+    if url:
+        name = f"triton:{url}"
+        ladder += [
+            Contestant(name, "ladder", "through Triton, one client"),
+            Contestant(name, "ladder", "through Triton, 4 clients at a time", clients=4),
+        ]
     return ladder + peers
 
 
@@ -99,11 +123,12 @@ def prepare() -> None:
     onnx.save(default_model.int8_graph(), MODELS / "wheel.onnx")
     graph = default_model.fp32_graph()
     onnx.save(graph, MODELS / "padded.onnx")
+    onnx.save(ragged(graph, default_model.ACTIVATION), MODELS / "ragged.onnx")
     _lengthen(graph, 8)
     onnx.save(graph, MODELS / "padded-4096.onnx")
     source = HERE.parent / "model_repository"
     unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "fp16" if GPU else "int8"):
         repository = MODELS / f"repository-{precision}"
         shutil.rmtree(repository, ignore_errors=True)
         shutil.copytree(source, repository, symlinks=True, ignore=unpublished)
@@ -137,7 +162,8 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
     folder = contestant.environment
     python = str(PEERS / folder / "bin" / "python") if folder else sys.executable
     log = MODELS / f"{contestant.label.replace('/', ' ')}.log"
-    command = [python, str(HERE / "contestant.py"), contestant.name, str(MODELS)]
+    arguments = [contestant.name, str(MODELS), str(contestant.clients)]
+    command = [python, str(HERE / "contestant.py"), *arguments]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -160,8 +186,7 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             contestant.versions = json.loads(line)
             yield process
         finally:
-            process.stdin.close()
-            process.kill()
+            process.stdin.close()  # At which it ends.
 
 
 def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> list[str]:
@@ -186,6 +211,7 @@ def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> 
                     print(json.dumps(groups[turn]), file=process.stdin, flush=True)
                     answer = json.loads(process.stdout.readline())
                     contestant.seconds.append(answer["seconds"])
+                    contestant.latencies += answer["latencies"]
                     contestant.logits += answer["logits"]
     return failures
 
@@ -206,7 +232,9 @@ def row(contestant: Contestant, every: Sequence[Request], reference: Contestant)
     result: dict[str, Any] = {
         "label": contestant.label,
         "table": contestant.table,
+        "clients": contestant.clients,
         "pairs_per_second": _spread(rates),
+        "latency_ms": _spread([1000 * seconds for seconds in contestant.latencies]),
         "requests": len(contestant.logits),
         "pairs": len(errors),
         "largest_logit_error": max(errors),
@@ -239,38 +267,61 @@ def hardware() -> dict[str, Any]:
         "cpu": f"{facts['model name']}, family {facts['cpu family']}, model {facts['model']}",
         "cores": len(os.sched_getaffinity(0)),
         "instructions": [name for name in wanted if name in facts["flags"].split()],
-        "gpu": None,
+        "gpu": _gpu() if GPU else None,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }
+
+
+def _gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@contextmanager
+def serving(url: str | None, repository: Path) -> Iterator[str | None]:
+    """The given server, or else an embedded one, which has no GPU."""
+    if url or GPU:
+        yield url
+        return
+    settings = Settings(repository, grpc_port=0, http_port=0, metrics_port=0)
+    with EmbeddedServer(settings) as server:
+        yield server.grpc_url
 
 
 def main() -> int:
     """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--queries", type=int, default=8, help="of 100 documents each")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
+    parser.add_argument("--url", help="gRPC address of a server to measure; default, an own one")
     arguments = parser.parse_args()
     prepare()
     every = requests(arguments.queries)
-    repository = MODELS / "repository-int8"
-    settings = Settings(repository, grpc_port=0, http_port=0, metrics_port=0)
-    with EmbeddedServer(settings) as server:
-        rows = contestants(server.grpc_url)
-        failures = measure(rows, every)
-    [reference] = [each for each in rows if each.name == "packed"]
-    result = {
-        "hardware": hardware(),
-        "commit": _commit(),
-        "versions": {name: version(name) for name in ("onnxruntime", "tokenizers", "tritonrank")},
-        "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated",
-        "queries": len(every),
-        "rows": [row(each, every, reference) for each in rows if each.seconds],
-        "left_out": failures,
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    _say(f"Wrote {arguments.output}")
+    precision = "fp16" if GPU else "int8"
+    with serving(arguments.url, MODELS / f"repository-{precision}") as url:
+        rows = contestants(url)
+        result: dict[str, Any] = {
+            "left_out": measure(rows, every),
+            "hardware": hardware(),
+            "commit": _commit(),
+            "versions": {name: version(name) for name in ("onnxruntime", "tokenizers")},
+            "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated text",
+            "queries": len(every),
+        }
+        [reference] = [each for each in rows if each.name == REFERENCE]
+        result["rows"] = [row(each, every, reference) for each in rows if each.seconds]
+        if url:
+            _say("More documents, longer ones, more clients …")
+            result["growth"] = growth(url, MODELS / precision / "tokenizer.json", every)
+        if url and not GPU:
+            _say("Taking requests apart …")
+            result["anatomy"] = anatomy(url, MODELS / precision, every)
+    if not (arguments.url or GPU):
+        _say("Delays …")
+        result["queue_delay"] = queue_delay(MODELS / f"repository-{precision}", every)
+    output = HERE / "results" / ("gpu.json" if GPU else "cpu.json")
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    _say(f"Wrote {output}")
     return 0
 
 

@@ -1,16 +1,23 @@
-"""One way to score pairs, as a process of its own: ``python contestant.py NAME MODELS``.
+"""One way to score pairs, as a process of its own: ``python contestant.py NAME MODELS CLIENTS``.
 
 Each way runs in the environment that its users would have, so every import is where it is needed.
-A line of standard input is a list of requests as JSON, ``[[query, [document, …]], …]``; a line of
-standard output is what they took in seconds, and the logits of each. The first line has versions.
+A line of standard input is a list of requests as JSON, ``[[query, [document, …]], …]``, of which
+CLIENTS run at a time; a line of standard output is what all took in seconds, and each, and the
+logits of each. The first line has versions.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -19,25 +26,27 @@ from typing import Any
 
 import numpy as np
 
-Logits = list[float]
-#: Query and documents → logits, for each of several requests.
-Score = Callable[[list[tuple[str, list[str]]]], list[Logits]]
+#: Query and documents → an array or a list of their logits.
+Score = Callable[[str, list[str]], Any]
 
 
-def each(score: Callable[[str, list[str]], Any]) -> Score:
-    """One request after the other."""
-    return lambda requests: [np.ravel(score(*request)).tolist() for request in requests]
+def session(graph: Path) -> Any:
+    """ONNX Runtime's session, on a GPU where there is one."""
+    import onnxruntime as ort
+
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    there = ort.get_available_providers()
+    return ort.InferenceSession(graph, providers=[name for name in wanted if name in there])
 
 
 def padded(graph: Path, models: Path, length: int | None) -> Score:
     """Plain ONNX Runtime, as FlashRank uses it: documents padded to a length, or to the longest."""
-    import onnxruntime as ort
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(models / "checkpoint" / "tokenizer.json"))
     tokenizer.enable_truncation(length or 512, strategy="only_second")
     tokenizer.enable_padding(length=length)
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    graph_session = session(graph)
     batch = 1 if length == 4096 else 32  # As sentence-transformers has; 4096 fill the memory.
 
     def score(query: str, documents: list[str]) -> Any:
@@ -49,32 +58,29 @@ def padded(graph: Path, models: Path, length: int | None) -> Score:
         }
         feed = {name: np.array(values, np.int64) for name, values in columns.items()}
         if length is None:
-            return session.run(["logits"], feed)[0]
+            return graph_session.run(["logits"], feed)[0]
         parts = [
             {name: values[i : i + batch] for name, values in feed.items()}
             for i in range(0, len(pairs), batch)
         ]
-        return np.concatenate([session.run(["logits"], part)[0] for part in parts])
+        return np.concatenate([graph_session.run(["logits"], part)[0] for part in parts])
 
-    return each(score)
+    return score
 
 
-def packed(models: Path) -> Score:
+def packed(folder: Path) -> Score:
     """The ragged graph, all documents of a request in one execution, as Triton's backend does."""
-    import onnxruntime as ort
     from tritonrank_server.tokenizer import PairTokenizer
 
-    tokenizer = PairTokenizer(models / "fp32" / "tokenizer.json", max_documents=1024)
-    session = ort.InferenceSession(
-        models / "fp32" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
+    tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents=1024)
+    graph = session(folder / "model.onnx")
 
     def score(query: str, documents: list[str]) -> Any:
         pairs = tokenizer.read(query.encode(), [document.encode() for document in documents])
         [tokens] = tokenizer.encode([pairs])
-        return session.run(["logits"], tokens.inputs())[0]
+        return graph.run(["logits"], tokens.inputs())[0]
 
-    return each(score)
+    return score
 
 
 def pipeline(folder: Path) -> Score:
@@ -90,21 +96,84 @@ def pipeline(folder: Path) -> Score:
         ranking = ranker.rank(query, documents)
         return ranking.logits[np.argsort(ranking.indices)]
 
-    return each(score)
+    return score
 
 
-def triton(url: str, clients: int) -> Score:
-    """The whole server, over gRPC, with so many requests at a time."""
+def triton(url: str) -> Score:
+    """The whole server, over gRPC."""
     from tritonrank import RerankClient
 
     client = RerankClient(url, timeout=600)
-    pool = ThreadPoolExecutor(clients)
 
-    def score(request: tuple[str, list[str]]) -> Logits:
-        ranking = client.rank(*request)
+    def score(query: str, documents: list[str]) -> list[float]:
+        ranking = client.rank(query, documents)
         return [one.logit for one in sorted(ranking, key=lambda one: one.index)]
 
-    return lambda requests: list(pool.map(score, requests))
+    return score
+
+
+def openvino(models: Path) -> Score:
+    """The FP32 ragged graph in OpenVINO, in bf16 where the CPU has it, one document a core."""
+    import openvino
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "python_backends"))
+    from tritonrank_server.tokenizer import PairTokenizer
+
+    tokenizer = PairTokenizer(models / "int8" / "tokenizer.json", max_documents=1024)
+    cores = len(os.sched_getaffinity(0))
+    options = {"NUM_STREAMS": str(cores), "INFERENCE_NUM_THREADS": str(cores)}
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        options["INFERENCE_PRECISION_HINT"] = "bf16"
+    compiled = openvino.Core().compile_model(str(models / "ragged.onnx"), "CPU", options)
+
+    def score(query: str, documents: list[str]) -> list[float]:
+        pairs = tokenizer.read(query.encode(), [document.encode() for document in documents])
+        [tokens] = tokenizer.encode([pairs])
+        every = list(tokens.documents())
+        logits = [0.0] * len(every)
+        queue = openvino.AsyncInferQueue(compiled, cores)
+
+        def keep(request: Any, i: int) -> None:
+            logits[i] = request.get_tensor("logits").data.item()
+
+        queue.set_callback(keep)
+        for i in sorted(range(len(every)), key=lambda i: -every[i].input_ids.size):
+            queue.start_async(every[i].inputs(), i)
+        queue.wait_all()
+        return logits
+
+    return score
+
+
+def infinity(models: Path) -> Score:
+    """Infinity's own server, over HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    checkpoint = str(models / "checkpoint")
+    command = [str(Path(sys.executable).with_name("infinity_emb")), "v2", "--model-id", checkpoint]
+    command += ["--engine", "torch", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=sys.stderr)
+    atexit.register(server.terminate)
+    url = f"http://127.0.0.1:{port}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            opener.open(f"{url}/health").close()
+            break
+        except urllib.error.URLError:
+            if server.poll() is not None:
+                raise RuntimeError("infinity's server stopped at start") from None
+            time.sleep(0.2)
+
+    def score(query: str, documents: list[str]) -> list[float]:
+        body = {"query": query, "documents": documents, "raw_scores": True, "model": checkpoint}
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/rerank", json.dumps(body).encode(), header)
+        with opener.open(request) as response:
+            results = json.load(response)["results"]
+        return [one["relevance_score"] for one in sorted(results, key=lambda one: one["index"])]
+
+    return score
 
 
 def sentence_transformers(models: Path, variant: str) -> Score:
@@ -114,24 +183,24 @@ def sentence_transformers(models: Path, variant: str) -> Score:
 
     checkpoint = str(models / "checkpoint")
     backend, _, precision = variant.partition("-")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     options: dict[str, Any] = (
-        {"model_kwargs": {"dtype": torch.bfloat16}} if precision == "bf16" else {}
+        {"model_kwargs": {"dtype": dtypes[precision]}} if precision in dtypes else {}
     )
-    model = CrossEncoder(checkpoint, device="cpu", backend=backend, **options)
+    model = CrossEncoder(checkpoint, backend=backend, **options)
     if precision == "int8":
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             export_dynamic_quantized_onnx_model(model, "avx2", folder)
             options = {"file_name": "model_quint8_avx2.onnx"}
-            model = CrossEncoder(folder, device="cpu", backend="onnx", model_kwargs=options)
+            model = CrossEncoder(folder, backend="onnx", model_kwargs=options)
     raw = torch.nn.Identity()
-    return each(
-        lambda query, documents: model.predict(
-            [(query, document) for document in documents],
-            activation_fn=raw,
-            show_progress_bar=False,
-        )
-    )
+
+    def score(query: str, documents: list[str]) -> Any:
+        pairs = [(query, document) for document in documents]
+        return model.predict(pairs, activation_fn=raw, show_progress_bar=False)
+
+    return score
 
 
 def transformers_loop(models: Path) -> Score:
@@ -149,7 +218,7 @@ def transformers_loop(models: Path) -> Score:
                 for each in documents
             ]
 
-    return each(score)
+    return score
 
 
 def make(name: str, models: Path) -> Score:
@@ -162,12 +231,15 @@ def make(name: str, models: Path) -> Score:
     if kind == "flashrank":
         return padded(models / "wheel.onnx", models, None)
     if kind == "packed":
-        return packed(models)
+        return packed(models / variant)
     if kind == "pipeline":
         return pipeline(models / variant)
     if kind == "triton":
-        url, _, clients = variant.rpartition("/")
-        return triton(url, int(clients))
+        return triton(variant)
+    if kind == "openvino":
+        return openvino(models)
+    if kind == "infinity":
+        return infinity(models)
     if kind == "transformers":
         return transformers_loop(models)
     return sentence_transformers(models, variant)
@@ -176,19 +248,29 @@ def make(name: str, models: Path) -> Score:
 def main() -> None:
     """Answers until standard input ends. What libraries print goes to standard error."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    name, models = sys.argv[1], Path(sys.argv[2])
+    name, models, clients = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     score = make(name, models)
-    score([("warm up", ["one document", "another " * 40])])
-    names = ("onnxruntime", "openvino", "sentence-transformers", "torch", "transformers")
+
+    def timed(request: tuple[str, list[str]]) -> tuple[float, list[float]]:
+        started = time.perf_counter()
+        logits = np.ravel(score(*request)).tolist()
+        return time.perf_counter() - started, logits
+
+    timed(("warm up", ["one document", "another " * 40]))
+    names = ("infinity-emb", "onnxruntime", "openvino", "sentence-transformers", "torch")
     print(
         json.dumps({name: v for name in names if (v := _version(name))}), file=answers, flush=True
     )
-    for line in sys.stdin:
-        requests = [(query, documents) for query, documents in json.loads(line)]
-        started = time.perf_counter()
-        logits = score(requests)
-        answer = {"seconds": time.perf_counter() - started, "logits": logits}
-        print(json.dumps(answer), file=answers, flush=True)
+    with ThreadPoolExecutor(clients) as pool:
+        for line in sys.stdin:
+            requests = [(query, documents) for query, documents in json.loads(line)]
+            started = time.perf_counter()
+            # Alone it stays on this thread, as some libraries would have it.
+            results = list((pool.map if clients > 1 else map)(timed, requests))
+            seconds = time.perf_counter() - started
+            latencies, logits = zip(*results)
+            answer = {"seconds": seconds, "latencies": latencies, "logits": logits}
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 def _version(name: str) -> str | None:

@@ -1,10 +1,10 @@
-"""The benchmark's JSON → the README's tables, and their plot."""
+"""The benchmark's results → the README's tables, and their plots."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,110 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
 BEGIN, END = "<!-- benchmark: written by loadtest/report.py -->\n", "<!-- end of benchmark -->\n"
 COLOURS = {"ladder": "#2a6f97", "peers": "#adb5bd"}
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Both tables, and what they were measured on."""
+def markdown(result: dict[str, Any], name: str) -> str:
+    """One machine's tables, with its plots ``NAME.png`` and ``NAME-latency.png``."""
     hardware = result["hardware"]
+    cpu = f"{hardware['cores']} cores of {hardware['cpu']} ({', '.join(hardware['instructions'])})"
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     parts = [
-        f"{result['data']}, {result['queries']} queries, on {hardware['cores']} cores of "
-        f"{hardware['cpu']} ({', '.join(hardware['instructions']) or 'no AVX2'}), with {versions}, "
-        f"commit {result['commit']}. Medians over requests, and from the slowest to the fastest.",
-        _table("step", [row for row in result["rows"] if row["table"] == "ladder"]),
-        _table("peer", [row for row in result["rows"] if row["table"] == "peers"]),
+        f"**{hardware['gpu'] or cpu}**, {result['data']}, {result['queries']} queries, with "
+        f"{versions}, commit {result['commit']}. Medians over requests, and from the slowest to "
+        "the fastest.",
+        f"![Pairs a second](loadtest/results/{name}.png)",
+        _rates("step", [row for row in result["rows"] if row["table"] == "ladder"]),
+        _rates("peer", [row for row in result["rows"] if row["table"] == "peers"]),
+        f"![Latency against throughput](loadtest/results/{name}-latency.png)",
     ]
     if result["left_out"]:
         parts.append("Left out: " + "; ".join(result["left_out"]) + ".")
-    parts.append("GPU: not measured.")
-    return "\n\n".join(parts) + "\n"
+    parts += _anatomy(result["anatomy"]) if "anatomy" in result else []
+    parts += _growth(result["growth"]) if "growth" in result else []
+    parts += _delay(result["queue_delay"]) if "queue_delay" in result else []
+    return "\n\n".join(parts)
 
 
-def _table(first: str, rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| {first} | pairs/s | pairs | nDCG@10 (FP32's) | largest logit error |",
-        "|---|---|---|---|---|",
-    ]
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _rates(first: str, rows: list[dict[str, Any]]) -> str:
+    head = [first, "pairs/s", "pairs", "nDCG@10 (FP32's)", "largest logit error"]
+    lines = []
     for row in rows:
-        rate = {name: _rate(value) for name, value in row["pairs_per_second"].items()}
+        rate = {name: _number(value) for name, value in row["pairs_per_second"].items()}
         quality = ""
         if "ndcg_at_10" in row:
             quality = f"{row['ndcg_at_10']:.4f} ({row['ndcg_at_10_of_fp32']:.4f})"
-        lines.append(
-            f"| {row['label']} | **{rate['median']}** ({rate['min']}–{rate['max']}) "
-            f"| {row['pairs']} | {quality} | {row['largest_logit_error']:.2g} |"
-        )
-    return "\n".join(lines)
+        spread = f"**{rate['median']}** ({rate['min']}–{rate['max']})"
+        error = f"{row['largest_logit_error']:.2g}"
+        lines.append([row["label"], spread, row["pairs"], quality, error])
+    return _table(head, lines)
 
 
-def _rate(value: float) -> str:
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}"
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def _anatomy(anatomy: dict[str, Any]) -> list[str]:
+    limit, tokenizer = anatomy["limit"], anatomy["tokenizer"]
+    single = anatomy["single_document"]
+    stages = [(stage, f"{ms:.1f}") for stage, ms in anatomy["stages"].items()]
+    return [
+        f"A request of {anatomy['documents']} documents takes {anatomy['request_ms']:.0f} ms, and "
+        f"the graph alone {anatomy['graph_ms']:.0f} ms: all but the graph is "
+        f"{100 * anatomy['overhead']:.0f} % (medians). By Triton's own statistics (means):",
+        _table(["where the time goes", "ms"], stages),
+        f"- The tokenizer stage has {tokenizer['share_of_bare_rate']:.2f} of the rate of a bare "
+        f"batch call of `tokenizers` ({tokenizer['ms']:.1f} ms; {tokenizer['bare_ms']:.1f}).\n"
+        f"- A lone document takes {single['triton_ms']:.1f} ms through Triton, and "
+        f"{single['direct_ms']:.1f} ms when ONNX Runtime is called directly: "
+        f"{single['more_ms']:+.1f} ms.\n"
+        f"- The machine's limit: the matrix products of a pair of {limit['tokens']:.0f} tokens are "
+        f"{limit['gflop']:.1f} GFLOP. Alone they run at {limit['fp32_gflop_per_second']:.0f} "
+        f"GFLOP/s in FP32, {limit['fp32_pairs_per_second']:.0f} pairs/s, and at "
+        f"{limit['int8_gflop_per_second']:.0f} in INT8, {limit['int8_pairs_per_second']:.0f} "
+        f"pairs/s, of which the graph reaches {100 * limit['reached']:.0f} %.\n"
+        f"- Padded to the longest of each request, {100 * anatomy['real_tokens']:.0f} % of the "
+        "places would be real tokens; here all are.",
+    ]
+
+
+def _growth(growth: dict[str, list[dict[str, Any]]]) -> list[str]:
+    head = ["documents", "longest", "tokens", "places if padded", "ms", "µs a token"]
+    keys = ("documents", "longest", "tokens", "places_padded_to_longest", "ms", "us_a_token")
+    points = [*growth["documents"], *growth["lengths"]]
+    of_clients = ["clients", "requests", "executions", "pairs/s", "median ms", "largest ms"]
+    names = ("clients", "requests", "executions", "pairs_per_second", "median_ms", "largest_ms")
+    clients = [[_figure(point[key]) for key in names] for point in growth["clients"]]
+    return [
+        "Cost as work grows: more documents, longer ones, and last one long among many short.",
+        _table(head, [[_figure(point[key]) for key in keys] for point in points]),
+        "Clients at a time, with requests of 10 documents, and how many executions they share:",
+        _table(of_clients, clients),
+    ]
+
+
+def _delay(points: list[dict[str, Any]]) -> list[str]:
+    head = ["queue delay, ms", "clients", "executions", "pairs/s", "median ms"]
+    keys = ("clients", "executions", "pairs_per_second", "median_ms")
+    rows = [
+        [_figure(point["max_queue_delay_us"] // 1000), *(_figure(point[key]) for key in keys)]
+        for point in points
+    ]
+    return ["What a queue delay buys on this machine:", _table(head, rows)]
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else _number(value)
+
+
+def plot_rates(result: dict[str, Any], path: Path) -> None:
     """Bars of pairs a second, the steps above the peers."""
     rows = result["rows"][::-1]
     rates = [row["pairs_per_second"]["median"] for row in rows]
@@ -65,25 +126,46 @@ def plot(result: dict[str, Any], path: Path) -> None:
     bars = axes.barh(
         [row["label"] for row in rows], rates, color=[COLOURS[row["table"]] for row in rows]
     )
-    axes.bar_label(bars, [_rate(rate) for rate in rates], padding=3)
+    axes.bar_label(bars, [_number(rate) for rate in rates], padding=3)
     axes.set_xlabel("query–document pairs a second (median)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
+def plot_latencies(result: dict[str, Any], path: Path) -> None:
+    """A dot for each way that took whole requests: its throughput, and a request's latency."""
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    most = max(row["pairs"] for row in result["rows"])
+    for row in result["rows"]:
+        if row["pairs"] == most:
+            x, y = row["pairs_per_second"]["median"], row["latency_ms"]["median"]
+            axes.scatter(x, y, color=COLOURS[row["table"]])
+            axes.annotate(row["label"], (x, y), (5, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("pairs a second (median)")
+    axes.set_ylabel("ms for a request (median)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
-    """Writes the tables between the README's two marks, and the plot beside the JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("result", type=Path)
-    path = parser.parse_args().result
-    result = json.loads(path.read_text())
-    plot(result, path.with_suffix(".png"))
+    """Writes the tables between the README's two marks, and the plots beside the results."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for name, result in results.items():
+        plot_rates(result, RESULTS / f"{name}.png")
+        plot_latencies(result, RESULTS / f"{name}-latency.png")
+    parts = [markdown(result, name) for name, result in results.items()]
+    if not any(result["hardware"]["gpu"] for result in results.values()):
+        parts.append("GPU: not measured.")
     block = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    text, found = block.subn(lambda _: BEGIN + markdown(result) + END, README.read_text())
+    text = BEGIN + "\n\n".join(parts) + "\n" + END
+    replaced, found = block.subn(lambda _: text, README.read_text())
     if not found:
         raise SystemExit(f"no line {BEGIN.strip()} in {README}")
-    README.write_text(text)
+    README.write_text(replaced)
 
 
 if __name__ == "__main__":

