@@ -15,7 +15,7 @@ import tritonclient.grpc as triton
 from onnx import numpy_helper, parser
 from tokenizers import Tokenizer
 from tritonrank import RerankClient
-from tritonrank_server.cross_encoder import CrossEncoder
+from tritonrank_server.cross_encoder import CrossEncoder, Work
 from tritonrank_server.default_model import CONFIG
 from tritonrank_server.tokenizer import PairTokenizer, Tokens
 
@@ -53,10 +53,9 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
         client.rank(every[0].query, every[0].documents)
         before = _statistics(url)
         for each, tokens in zip(every, encoded):
-            work = [(tokens, lambda: False)]
             parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
             parts["tokenizer"].append(_ms(_encode, tokenizer, each.query, each.documents))
-            parts["graph"].append(_ms(scorer.score, work))
+            parts["graph"].append(_ms(scorer.score, [Work(tokens)]))
             parts["request"].append(_ms(client.rank, each.query, each.documents))
         after = _statistics(url)
         for each in every:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
-from tritonrank import RerankClient
+from tritonrank import RerankClient, ServerUnavailableError
 from tritonrank_server.serve import EmbeddedServer, Settings
 from tritonrank_server.tokenizer import PairTokenizer
 
@@ -116,8 +116,9 @@ def _concurrent(url: str, every: Sequence[Request], clients: int) -> Point:
 
         def rank(request: tuple[str, list[str]]) -> None:
             started = time.perf_counter()
-            client.rank(*request)
-            latencies.append(1000 * (time.perf_counter() - started))
+            with suppress(ServerUnavailableError):
+                client.rank(*request)
+                latencies.append(1000 * (time.perf_counter() - started))
 
         client.rank(*requests[0])
         before = _executions(url)
@@ -128,7 +129,8 @@ def _concurrent(url: str, every: Sequence[Request], clients: int) -> Point:
         "clients": clients,
         "requests": len(requests),
         "executions": _executions(url) - before,
-        "pairs_per_second": FEW * len(requests) / elapsed,
+        "refused": len(requests) - len(latencies),
+        "pairs_per_second": FEW * len(latencies) / elapsed,
         "median_ms": float(np.median(latencies)),
         "largest_ms": max(latencies),
     }

@@ -93,8 +93,17 @@ def _growth(growth: dict[str, list[dict[str, Any]]]) -> list[str]:
     head = ["documents", "longest", "tokens", "places if padded", "ms", "µs a token"]
     keys = ("documents", "longest", "tokens", "places_padded_to_longest", "ms", "us_a_token")
     points = [*growth["documents"], *growth["lengths"]]
-    of_clients = ["clients", "requests", "executions", "pairs/s", "median ms", "largest ms"]
-    names = ("clients", "requests", "executions", "pairs_per_second", "median_ms", "largest_ms")
+    of_clients = [
+        "clients",
+        "requests",
+        "refused",
+        "executions",
+        "pairs/s",
+        "median ms",
+        "largest ms",
+    ]
+    names: tuple[str, ...] = ("clients", "requests", "refused", "executions")
+    names += ("pairs_per_second", "median_ms", "largest_ms")
     clients = [[_figure(point[key]) for key in names] for point in growth["clients"]]
     return [
         "Cost as work grows: more documents, longer ones, and last one long among many short.",

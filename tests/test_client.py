@@ -27,6 +27,7 @@ from tritonrank import (
     RerankError,
     RerankTimeoutError,
     ServerUnavailableError,
+    protocol,
 )
 from tritonrank.cli import main
 from tritonrank.table import format_table
@@ -41,6 +42,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     failures: list[grpc.StatusCode] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     timeouts: list[float] = field(default_factory=list)
+    levels: list[tuple[int, bool]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def ModelConfig(self, request: object, context: grpc.ServicerContext) -> object:
@@ -54,7 +56,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         inputs = dict(zip((each.name for each in request.inputs), request.raw_input_contents))
         documents = deserialize_bytes_tensor(inputs["DOCUMENTS"])
         self.sizes.append(len(documents))
-        self.timeouts.append(request.parameters["timeout"].int64_param / 1e6)
+        parameters = request.parameters
+        self.timeouts.append(parameters["timeout"].int64_param / 1e6)
+        self.levels.append((parameters["priority"].int64_param, parameters["bulk"].bool_param))
         if b"hang" in documents:
             context.add_callback(self.cancelled.set)
             self.cancelled.wait(60)
@@ -319,3 +323,19 @@ def test_the_client_needs_no_package_of_the_server() -> None:
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("pip install '.[serving]'")
+
+
+@pytest.mark.parametrize(
+    ("count", "bulk", "level"),
+    [(4, False, (0, False)), (3, True, (2, True)), (5, False, (2, True))],
+)
+def test_a_bulk_call_says_so(count: int, bulk: bool, level: tuple[int, bool]) -> None:
+    service = Service()
+    with listening(service) as (_, url), RerankClient(url) as client:
+        assert len(client.rank("q", ["a"] * count, bulk=bulk)) == count
+    assert {*service.levels} == {level}
+
+
+def test_a_bulk_call_is_in_small_parts() -> None:
+    assert [len(texts) for _, texts in protocol.split(["a"] * 40, 1024, True)] == [14, 13, 13]
+    assert [len(texts) for _, texts in protocol.split(["a"] * 40, 1024, False)] == [40]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 import urllib.request
@@ -239,6 +240,19 @@ def test_concurrent_clients_get_what_they_would_get_alone(
     assert after.execution_count - before.execution_count < len(requests)
 
 
+def test_a_bulk_call_lets_others_pass(client: RerankClient, sample: Sample) -> None:
+    query, documents = sample[0]
+    many = [f"{documents[i % 12]} {i}" for i in range(400)]
+    expected = client.rank(query, many)
+    with ThreadPoolExecutor(1) as pool:
+        bulk = pool.submit(client.rank, query, many, bulk=True)
+        time.sleep(1)
+        for _ in range(3):
+            assert len(client.rank(query, documents)) == 12
+        assert not bulk.done()  # Of 25 parts, it would be, had it gone first.
+        assert bulk.result() == expected
+
+
 # Bad input.
 
 GOOD = {"QUERY": texts("tea"), "DOCUMENTS": texts("green tea", "a car")}
@@ -460,6 +474,32 @@ def failures(server: EmbeddedServer, reason: str) -> float:
         for line in lines
         if line.startswith("nv_inference_request_failure{") and f'reason="{reason}"' in line
     )
+
+
+def test_metrics_of_known_requests(
+    client: RerankClient, int8_server: EmbeddedServer, int8_repository: Path
+) -> None:
+    query, documents = "tea", ["green tea", "", "water " * 600]
+    tokenizer = pipeline(int8_repository).tokenizer
+    [tokens] = tokenizer.encode([tokenizer.read(query.encode(), [d.encode() for d in documents])])
+    before = counters(int8_server)
+    for _ in range(2):
+        client.rank(query, documents)
+    after = counters(int8_server)
+    assert {name: after[name] - before[name] for name in after} == {
+        "documents": 6,
+        "truncated_documents": 2,
+        "tokens": 2 * tokens.lengths.sum(),
+        "computed_tokens": 2 * tokens.lengths.sum(),
+    }
+
+
+def counters(server: EmbeddedServer) -> dict[str, float]:
+    """The project's own metrics."""
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:
+        text = response.read().decode()
+    found = re.findall(r"^tritonrank_(\w+)_total(?:{})? (\S+)$", text, re.M)
+    return {name: float(value) for name, value in found}
 
 
 # The configurations.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import tritonrank_server
 from conftest import MAX_DOCUMENTS
-from tritonrank_server.cross_encoder import CrossEncoder, Relevance
+from tritonrank_server.cross_encoder import CrossEncoder, Relevance, Work
 from tritonrank_server.errors import InvalidInput, InvalidOutput
 from tritonrank_server.sorter import rank
 from tritonrank_server.tokenizer import FILL, PairTokenizer
@@ -74,11 +76,32 @@ def test_what_is_given_up_is_scored_no_further(
     monkeypatch.setattr(encoder, "_narrow", SimpleNamespace(run=run))
     pairs = [tokenizer.read(b"tea", [b"green tea"] * count) for count in (50, 2)]
     given_up, kept = tokenizer.encode(pairs)
-    none, scored = encoder.score([(given_up, is_given_up), (kept, lambda: False)])
+    none, scored = encoder.score([Work(given_up, is_given_up), Work(kept)])
     assert none is None
     assert scored is not None
     assert scored.logits.shape == scored.scores.shape == (2,)
     assert len(executions) == 3 + 2
+
+
+def test_bulk_yields_the_cores(
+    int8_repository: Path, tokenizer: PairTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = CrossEncoder(int8_repository / "cross_encoder" / "1" / "model.onnx", threads=2)
+    session, niceness = encoder._narrow, []
+
+    def run(*arguments: Any) -> Any:
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return session.run(*arguments)
+
+    monkeypatch.setattr(encoder, "_narrow", SimpleNamespace(run=run))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    [tokens] = tokenizer.encode([tokenizer.read(b"tea", [b"green tea", b"a car"])])
+    [expected] = encoder.score([Work(tokens)])
+    [bulk] = encoder.score([Work(tokens, bulk=True)])
+    assert niceness == [own, own, 19, 19]
+    assert bulk is not None
+    assert expected is not None
+    assert bulk.logits.tolist() == expected.logits.tolist()
 
 
 def relevance(*logits: float) -> Relevance:

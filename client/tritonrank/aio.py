@@ -52,14 +52,19 @@ class AsyncRerankClient:
         documents: Sequence[str],
         top_k: int | None = None,
         timeout: float | None = None,
+        bulk: bool = False,
     ) -> list[RankedDocument]:
         """Ranks the documents; see ``RerankClient.rank``."""
         protocol.check(documents, top_k)
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
-            parts = protocol.split(documents, await self._document_limit(deadline))
+            limit = await self._document_limit(deadline)
+            bulk = bulk or len(documents) > limit
+            parts = protocol.split(documents, limit, bulk)
             remaining = deadline - time.monotonic()
-            requests = [protocol.request(query, texts, top_k, remaining) for _, texts in parts]
+            requests = [
+                protocol.request(query, texts, top_k, remaining, bulk) for _, texts in parts
+            ]
             calls = [
                 self._stub.ModelInfer(each, timeout=deadline - time.monotonic())
                 for each in requests

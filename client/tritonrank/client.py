@@ -51,6 +51,7 @@ class RerankClient:
         documents: Sequence[str],
         top_k: int | None = None,
         timeout: float | None = None,
+        bulk: bool = False,
     ) -> list[RankedDocument]:
         """Ranks the documents by how well they answer the query, best first.
 
@@ -61,6 +62,8 @@ class RerankClient:
             documents: one or more; an empty string is one.
             top_k: how many to return, 1 or more; default, all.
             timeout: seconds, in place of the client's own.
+            bulk: whether it goes after all calls that are not, in small parts, so that none of them
+                waits for it. A call of more documents than a request may have always does.
 
         Raises:
             InvalidRequestError: the server refused the request, and says why.
@@ -72,9 +75,13 @@ class RerankClient:
         protocol.check(documents, top_k)
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
-            parts = protocol.split(documents, self._document_limit(deadline))
+            limit = self._document_limit(deadline)
+            bulk = bulk or len(documents) > limit
+            parts = protocol.split(documents, limit, bulk)
             remaining = deadline - time.monotonic()
-            requests = [protocol.request(query, texts, top_k, remaining) for _, texts in parts]
+            requests = [
+                protocol.request(query, texts, top_k, remaining, bulk) for _, texts in parts
+            ]
             calls = [
                 self._stub.ModelInfer.future(each, timeout=deadline - time.monotonic())
                 for each in requests

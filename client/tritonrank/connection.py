@@ -17,6 +17,8 @@ import grpc
 #: nothing on the server, and of use only where another try can succeed.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
+    # Where a third of the calls fail, retries stop, so as not to add to an overload.
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
     "methodConfig": [
         {
             "name": [{"service": "inference.GRPCInferenceService"}],

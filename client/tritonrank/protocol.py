@@ -12,6 +12,11 @@ from tritonclient.grpc import service_pb2
 #: The model whose batch size is the server's limit of documents.
 LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
 
+#: The most documents of a part of a bulk call. An interactive request waits for one at most.
+BULK_DOCUMENTS = 16
+#: The server's level for what goes after everything else; 1 is the default.
+BULK_PRIORITY = 2
+
 
 @dataclass(frozen=True)
 class RankedDocument:
@@ -46,11 +51,12 @@ def check(documents: Sequence[str], top_k: int | None) -> None:
         raise TypeError(f"top_k is of type {type(top_k).__name__}: pass an int or None")
 
 
-def split(documents: Sequence[str], limit: int) -> list[tuple[int, Sequence[str]]]:
+def split(documents: Sequence[str], limit: int, bulk: bool) -> list[tuple[int, Sequence[str]]]:
     """Parts of even size within the limit, each with the index that it starts at.
 
     No document gives one empty part: it is for the server to refuse it.
     """
+    limit = min(limit, BULK_DOCUMENTS) if bulk else limit
     parts = max(1, -(-len(documents) // limit))
     size, longer = divmod(len(documents), parts)
     ends = accumulate([size + (i < longer) for i in range(parts)], initial=0)
@@ -58,15 +64,21 @@ def split(documents: Sequence[str], limit: int) -> list[tuple[int, Sequence[str]
 
 
 def request(
-    query: str, documents: Sequence[str], top_k: int | None, timeout: float
+    query: str, documents: Sequence[str], top_k: int | None, timeout: float, bulk: bool
 ) -> service_pb2.ModelInferRequest:
     """One call of the ensemble, which the server gives up, too, after ``timeout`` seconds.
+
+    Triton's queues go by its own parameter ``priority``, which models do not see; by ``bulk`` the
+    scorer of a CPU leaves the cores to others.
 
     Raises:
         UnicodeEncodeError: a text holds half of a surrogate pair, which UTF-8 has no form for.
     """
     message = service_pb2.ModelInferRequest(model_name="reranker")
     message.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
+    if bulk:
+        message.parameters["priority"].int64_param = BULK_PRIORITY
+        message.parameters["bulk"].bool_param = True
     _add(message, "QUERY", "BYTES", 1, _strings([query]))
     _add(message, "DOCUMENTS", "BYTES", len(documents), _strings(documents))
     if top_k is not None:

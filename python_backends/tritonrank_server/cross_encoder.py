@@ -7,6 +7,7 @@ Runtime backend runs the same graph, and this file is not used.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,27 @@ import numpy.typing as npt
 from .tokenizer import Tokens
 
 Float32 = npt.NDArray[np.float32]
-#: Whether nobody waits for a request any more, asked before each of its documents.
-IsGivenUp = Callable[[], bool]
+#: What yields to everything else that would run; see nice(2).
+LOWEST = 19
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request to score.
+
+    Attributes:
+        tokens: its pairs.
+        is_given_up: whether nobody waits for it any more, asked before each document.
+        bulk: whether it takes only what others leave of the cores.
+    """
+
+    tokens: Tokens
+    is_given_up: Callable[[], bool] = _never
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,35 +68,37 @@ class CrossEncoder:
         threads = threads or len(os.sched_getaffinity(0))
         self._narrow, self._wide = _session(graph, 1), _session(graph, threads)
         self._pool = ThreadPoolExecutor(threads)
+        self._bulk_pool = ThreadPoolExecutor(threads, initializer=_yield_to_others)
 
-    def score(self, batch: Sequence[tuple[Tokens, IsGivenUp]]) -> list[Relevance | None]:
+    def score(self, batch: Sequence[Work]) -> list[Relevance | None]:
         """Scores the documents of several requests.
 
         Returns:
             One result a request, in their order; None for one that was given up meanwhile, whose
             other documents are not scored.
         """
-        documents = [
-            (document, is_given_up)
-            for tokens, is_given_up in batch
-            for document in tokens.documents()
-        ]
-        run = partial(self._run, self._wide if len(documents) == 1 else self._narrow)
+        documents = [(work, each) for work in batch for each in work.tokens.documents()]
+        lone = len(documents) == 1 and not documents[0][0].bulk
+        run = partial(_run, self._wide if lone else self._narrow)
         # The longest first, so that no core is left with a long document at the end.
-        order = sorted(range(len(documents)), key=lambda i: -documents[i][0].input_ids.size)
-        results: list[tuple[float, float] | None] = [None] * len(documents)
-        for i, result in zip(order, self._pool.map(run, [documents[i] for i in order])):
-            results[i] = result
-        every = iter(results)
-        return [_gathered([next(every) for _ in tokens.lengths]) for tokens, _ in batch]
+        order = sorted(range(len(documents)), key=lambda i: -documents[i][1].input_ids.size)
+        futures = {}
+        for i in order:
+            pool = self._bulk_pool if documents[i][0].bulk else self._pool
+            futures[i] = pool.submit(run, *documents[i])
+        results = (futures[i].result() for i in range(len(documents)))
+        return [_gathered([next(results) for _ in work.tokens.lengths]) for work in batch]
 
-    @staticmethod
-    def _run(session: Any, document: tuple[Tokens, IsGivenUp]) -> tuple[float, float] | None:
-        tokens, is_given_up = document
-        if is_given_up():
-            return None
-        logits, scores = session.run(["logits", "scores"], tokens.inputs())
-        return logits.item(), scores.item()
+
+def _run(session: Any, work: Work, document: Tokens) -> tuple[float, float] | None:
+    if work.is_given_up():
+        return None
+    logits, scores = session.run(["logits", "scores"], document.inputs())
+    return logits.item(), scores.item()
+
+
+def _yield_to_others() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
 
 
 def _session(graph: Path, threads: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cross_encoder import CrossEncoder
+from .cross_encoder import CrossEncoder, Work
 from .sorter import Ranking, rank
 from .tokenizer import PairTokenizer
 
@@ -21,6 +21,6 @@ class Pipeline:
         """One request of the ensemble; see ``tokenizer``, ``sorter`` for the errors it raises."""
         pairs = self.tokenizer.read(query.encode(), [text.encode() for text in documents])
         [tokens] = self.tokenizer.encode([pairs])
-        [relevance] = self.cross_encoder.score([(tokens, lambda: False)])
+        [relevance] = self.cross_encoder.score([Work(tokens)])
         assert relevance  # Only a cancelled request has none.
         return rank(relevance, top_k)

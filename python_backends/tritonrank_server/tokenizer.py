@@ -36,11 +36,13 @@ class Tokens:
         input_ids: INT32 [N, L], row i holds pair i's tokens, then ``FILL``.
         lengths: INT32 [N], the tokens of each pair.
         query_lengths: INT32 [N], the tokens of ``[CLS] query [SEP]`` that each pair begins with.
+        truncated: how many of the documents were cut to fit the model.
     """
 
     input_ids: Int32
     lengths: Int32
     query_lengths: Int32
+    truncated: int = 0
 
     def inputs(self) -> dict[str, Int32]:
         """The graph's inputs: ``input_ids`` [N·L], ``lengths`` and ``query_lengths`` [N, 1]."""
@@ -144,7 +146,12 @@ class PairTokenizer:
         input_ids[:, len(query_ids) :][np.arange(tails.max()) < tails[:, None]] = np.concatenate(
             rows
         )
-        return Tokens(input_ids, len(query_ids) + tails, np.full_like(tails, len(query_ids)))
+        return Tokens(
+            input_ids,
+            lengths=len(query_ids) + tails,
+            query_lengths=np.full_like(tails, len(query_ids)),
+            truncated=sum(len(document) > room for document in documents),
+        )
 
 
 def _decode(text: bytes, name: str) -> str:

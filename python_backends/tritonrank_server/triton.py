@@ -20,7 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from . import numpy2
-from .cross_encoder import CrossEncoder, IsGivenUp, Relevance
+from .cross_encoder import CrossEncoder, Relevance, Work
 from .errors import InvalidInput, InvalidOutput
 from .sorter import Ranking, rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
@@ -104,6 +104,21 @@ def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
     return array
 
 
+class _Counter:
+    """A counter among Triton's metrics, ``tritonrank_NAME_total``, shared by all instances."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self._family = pb_utils.MetricFamily(
+            name=f"tritonrank_{name}_total",
+            description=description,
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._metric = self._family.Metric(labels={})
+
+    def add(self, count: int) -> None:
+        self._metric.increment(count)
+
+
 class TokenizerModel(_Stage[Pairs, Tokens]):
     """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N."""
 
@@ -111,13 +126,21 @@ class TokenizerModel(_Stage[Pairs, Tokens]):
         parameters = json.loads(args["model_config"])["parameters"]
         max_documents = int(parameters["max_documents"]["string_value"])
         self._tokenizer = PairTokenizer(_version_folder(args) / "tokenizer.json", max_documents)
+        self._documents = _Counter("documents", "Documents of valid requests")
+        self._truncated = _Counter("truncated_documents", "Documents cut to fit the model")
+        self._tokens = _Counter("tokens", "Tokens of query-document pairs, without padding")
 
     def decode(self, request: Any) -> Pairs:
         query, documents = _array(request, "QUERY"), _array(request, "DOCUMENTS")
         return self._tokenizer.read(query.item(), documents.ravel().tolist())
 
     def run(self, batch: Sequence[Pairs]) -> Sequence[Tokens]:
-        return self._tokenizer.encode(batch)
+        results = self._tokenizer.encode(batch)
+        for tokens in results:
+            self._documents.add(len(tokens.lengths))
+            self._truncated.add(tokens.truncated)
+            self._tokens.add(int(tokens.lengths.sum()))
+        return results
 
     def encode(self, result: Tokens) -> dict[str, np.ndarray[Any, Any]]:
         return {
@@ -127,13 +150,14 @@ class TokenizerModel(_Stage[Pairs, Tokens]):
         }
 
 
-class CrossEncoderModel(_Stage[tuple[Tokens, IsGivenUp], Relevance]):
+class CrossEncoderModel(_Stage[Work, Relevance]):
     """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1]."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
+        self._computed = _Counter("computed_tokens", "Places the graph ran on, padding included")
 
-    def decode(self, request: Any) -> tuple[Tokens, IsGivenUp]:
+    def decode(self, request: Any) -> Work:
         lengths, query_lengths = _array(request, "lengths"), _array(request, "query_lengths")
         tokens = Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
         real = (tokens.input_ids >= 0).sum(1)
@@ -145,10 +169,15 @@ class CrossEncoderModel(_Stage[tuple[Tokens, IsGivenUp], Relevance]):
         # on. Counted from here, it bounds what is spent on a client that is gone.
         timeout = request.timeout() / 1e6 or math.inf
         deadline = time.monotonic() + timeout
-        return tokens, lambda: time.monotonic() > deadline
+        bulk = json.loads(request.parameters() or "{}").get("bulk") is True
+        return Work(tokens, lambda: time.monotonic() > deadline, bulk)
 
-    def run(self, batch: Sequence[tuple[Tokens, IsGivenUp]]) -> Sequence[Relevance | None]:
-        return self._cross_encoder.score(batch)
+    def run(self, batch: Sequence[Work]) -> Sequence[Relevance | None]:
+        results = self._cross_encoder.score(batch)
+        # One document an execution: no place of it is padding.
+        done = [work.tokens.lengths.sum() for work, result in zip(batch, results) if result]
+        self._computed.add(int(sum(done)))
+        return results
 
     def encode(self, result: Relevance) -> dict[str, np.ndarray[Any, Any]]:
         return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
