@@ -42,7 +42,7 @@ clean: ## Remove the environments and what was exported
 # The default model, unless a model is published already.
 .PHONY: published
 published: $(VENV)/.serving
-	@test -e model_repository/cross_encoder/1/model.onnx || $(BIN)/tritonrank export default
+	@test -L model_repository/cross_encoder/current || $(BIN)/tritonrank export default
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

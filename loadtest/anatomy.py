@@ -36,9 +36,9 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
 
     Returns:
         ``request_ms`` through Triton with one client, ``graph_ms`` of the scorer alone in this
-        process, ``overhead`` as the share of a request that is not the graph, ``stages`` from
-        Triton's statistics, ``tokenizer`` against a bare batch call, ``single_document`` against
-        calling ONNX Runtime directly, ``limit`` by the rate of matrix products alone, and
+        process, ``overhead`` as the share of a request outside the scorer's stage, ``stages`` from
+        Triton's statistics (means), ``tokenizer`` against a bare batch call, ``single_document``
+        against calling ONNX Runtime directly, ``limit`` by the rate of matrix products alone, and
         ``real_tokens`` as a share of the places of each request padded to its longest document.
     """
     tokenizer = PairTokenizer(folder / "tokenizer.json", 1024)
@@ -68,12 +68,13 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     tokens_of_pairs = np.concatenate([tokens.lengths for tokens in encoded])
     places = sum(tokens.input_ids.size for tokens in encoded)
     rate = len(every[0].documents) / (float(np.median(graph)) / 1000)
+    stages = _stages(before, after, float(np.mean(request)))
     return {
         "documents": len(every[0].documents),
         "request_ms": float(np.median(request)),
         "graph_ms": float(np.median(graph)),
-        "overhead": float(np.median(1 - graph / request)),
-        "stages": _stages(before, after, float(np.mean(request))),
+        "overhead": 1 - stages["cross_encoder"] / sum(stages.values()),
+        "stages": stages,
         "tokenizer": {
             "ms": float(np.median(parts["tokenizer"])),
             "bare_ms": float(np.median(parts["bare"])),

@@ -27,7 +27,7 @@ from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
 from tritonrank_server.graph import ragged
-from tritonrank_server.serve import EmbeddedServer, Settings
+from tritonrank_server.serve import EmbeddedServer, Settings, die_with_parent
 
 from .anatomy import anatomy
 from .data import DL19, Request, ndcg_at_10, requests
@@ -67,10 +67,11 @@ class Contestant:
     versions: dict[str, str] = field(default_factory=dict)
 
     def work(self, every: Sequence[Request]) -> list[list[tuple[str, list[str]]]]:
-        """Its requests, in groups."""
+        """Its requests, in groups of as many as it has clients; a smaller rest is left out."""
         most, documents = self.share
         pairs = [(each.query, each.documents[:documents]) for each in every[:most]]
-        return [pairs[i : i + self.clients] for i in range(0, len(pairs), self.clients)]
+        groups = len(pairs) // self.clients
+        return [pairs[i * self.clients :][: self.clients] for i in range(groups)]
 
 
 def contestants(url: str | None) -> list[Contestant]:
@@ -101,8 +102,8 @@ def contestants(url: str | None) -> list[Contestant]:
             Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
             Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
             Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
-            Contestant("flashrank:", "peers", "plain ONNX Runtime, the wheel's INT8"),
-            Contestant("openvino:", "peers", "this project's ragged graph in OpenVINO", own),
+            Contestant("flashrank:", "peers", "plain ONNX Runtime, INT8 as published"),
+            Contestant("openvino:", "peers", "our FP32 graph, OpenVINO for engine", own),
         ]
     if url:
         name = f"triton:{url}"
@@ -174,6 +175,7 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             text=True,
             # Its threads are not to spin while others have their turn.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true"},
+            preexec_fn=die_with_parent,
         ) as process,
     ):
         assert process.stdin
@@ -203,17 +205,37 @@ def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> 
                 _say(f"Left out: {error}")
         for turn in range(len(every)):
             _say(f"Request {turn + 1} of {len(every)} …")
-            for contestant, process in started:
+            for contestant, process in list(started):
                 groups = contestant.work(every)
                 if turn < len(groups):
-                    assert process.stdin
-                    assert process.stdout
-                    print(json.dumps(groups[turn]), file=process.stdin, flush=True)
-                    answer = json.loads(process.stdout.readline())
-                    contestant.seconds.append(answer["seconds"])
-                    contestant.latencies += answer["latencies"]
-                    contestant.logits += answer["logits"]
+                    try:
+                        _answer(contestant, process, groups[turn])
+                    except (OSError, ValueError) as error:
+                        failures.append(f"{contestant.label}: stopped at request {turn + 1}")
+                        _say(f"Left out: {failures[-1]} ({error})")
+                        started.remove((contestant, process))
+                        contestant.seconds.clear()
     return failures
+
+
+def _answer(
+    contestant: Contestant, process: subprocess.Popen[str], group: list[tuple[str, list[str]]]
+) -> None:
+    """One turn.
+
+    Raises:
+        OSError, ValueError: the process has died, or its answer is not one.
+    """
+    assert process.stdin
+    assert process.stdout
+    print(json.dumps(group), file=process.stdin, flush=True)
+    answer = json.loads(process.stdout.readline())
+    for (_, documents), logits in zip(group, answer["logits"], strict=True):
+        if len(logits) != len(documents) or not np.isfinite(logits).all():
+            raise ValueError("not a finite logit for each document")
+    contestant.seconds.append(answer["seconds"])
+    contestant.latencies += answer["latencies"]
+    contestant.logits += answer["logits"]
 
 
 def row(contestant: Contestant, every: Sequence[Request], reference: Contestant) -> dict[str, Any]:
@@ -240,8 +262,9 @@ def row(contestant: Contestant, every: Sequence[Request], reference: Contestant)
         "largest_logit_error": max(errors),
         "versions": contestant.versions,
     }
+    # Of all requests or none, so that rows can be compared.
     whole = all(len(logits) == len(each.documents) for each, logits, _ in found)
-    if whole and found[0][0].ideal:
+    if whole and len(found) == len(every) and all(any(each.ideal) for each in every):
         for key, index in (("ndcg_at_10", 1), ("ndcg_at_10_of_fp32", 2)):
             values = [ndcg_at_10(each[0], np.argsort(-np.array(each[index]))) for each in found]
             result[key] = float(np.mean(values))
@@ -295,6 +318,8 @@ def main() -> int:
     parser.add_argument("--queries", type=int, default=8, help="of 100 documents each")
     parser.add_argument("--url", help="gRPC address of a server to measure; default, an own one")
     arguments = parser.parse_args()
+    if arguments.queries < 1:
+        parser.error("--queries must be 1 or more")
     prepare()
     every = requests(arguments.queries)
     precision = "fp16" if GPU else "int8"
@@ -309,6 +334,9 @@ def main() -> int:
             "queries": len(every),
         }
         [reference] = [each for each in rows if each.name == REFERENCE]
+        if not reference.seconds:
+            _say(f"The reference failed: {'; '.join(result['left_out'])}")
+            return 1
         result["rows"] = [row(each, every, reference) for each in rows if each.seconds]
         if url:
             _say("More documents, longer ones, more clients …")

@@ -28,12 +28,15 @@ def markdown(result: dict[str, Any], name: str) -> str:
     parts = [
         f"**{hardware['gpu'] or cpu}**, {result['data']}, {result['queries']} queries, with "
         f"{versions}, commit {result['commit']}. Medians over requests, and from the slowest to "
-        "the fastest.",
+        "the fastest. Rows of fewer pairs had fewer requests, since all would take too long, and "
+        'so no nDCG. Errors are against the row "packed".',
         f"![Pairs a second](loadtest/results/{name}.png)",
         _rates("step", [row for row in result["rows"] if row["table"] == "ladder"]),
         _rates("peer", [row for row in result["rows"] if row["table"] == "peers"]),
         f"![Latency against throughput](loadtest/results/{name}-latency.png)",
     ]
+    versions_of_peers = {name: v for row in result["rows"] for name, v in row["versions"].items()}
+    parts.append(", ".join(f"{name} {v}" for name, v in sorted(versions_of_peers.items())) + ".")
     if result["left_out"]:
         parts.append("Left out: " + "; ".join(result["left_out"]) + ".")
     parts += _anatomy(result["anatomy"]) if "anatomy" in result else []
@@ -70,15 +73,16 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
     single = anatomy["single_document"]
     stages = [(stage, f"{ms:.1f}") for stage, ms in anatomy["stages"].items()]
     return [
-        f"A request of {anatomy['documents']} documents takes {anatomy['request_ms']:.0f} ms, and "
-        f"the graph alone {anatomy['graph_ms']:.0f} ms: all but the graph is "
-        f"{100 * anatomy['overhead']:.0f} % (medians). By Triton's own statistics (means):",
+        f"A request of {anatomy['documents']} documents takes {anatomy['request_ms']:.0f} ms with "
+        f"one client; the graph alone, by turns in another process, {anatomy['graph_ms']:.0f} ms "
+        f"(medians). By Triton's own statistics, {100 * anatomy['overhead']:.1f} % of it is spent "
+        "outside the scorer's stage (means):",
         _table(["where the time goes", "ms"], stages),
         f"- The tokenizer stage has {tokenizer['share_of_bare_rate']:.2f} of the rate of a bare "
-        f"batch call of `tokenizers` ({tokenizer['ms']:.1f} ms; {tokenizer['bare_ms']:.1f}).\n"
+        "batch call of `tokenizers` over the same documents (median of the ratios).\n"
         f"- A lone document takes {single['triton_ms']:.1f} ms through Triton, and "
         f"{single['direct_ms']:.1f} ms when ONNX Runtime is called directly: "
-        f"{single['more_ms']:+.1f} ms.\n"
+        f"{single['more_ms']:+.1f} ms (median of the differences).\n"
         f"- The machine's limit: the matrix products of a pair of {limit['tokens']:.0f} tokens are "
         f"{limit['gflop']:.1f} GFLOP. Alone they run at {limit['fp32_gflop_per_second']:.0f} "
         f"GFLOP/s in FP32, {limit['fp32_pairs_per_second']:.0f} pairs/s, and at "
@@ -106,9 +110,12 @@ def _growth(growth: dict[str, list[dict[str, Any]]]) -> list[str]:
     names += ("pairs_per_second", "median_ms", "largest_ms")
     clients = [[_figure(point[key]) for key in names] for point in growth["clients"]]
     return [
-        "Cost as work grows: more documents, longer ones, and last one long among many short.",
+        "Cost as work grows, medians of three turns: first more documents, as they come; then 10 "
+        "documents, ever longer; last one long document among 99 short ones. Places are the tokens "
+        "that a batch padded to its longest document would have.",
         _table(head, [[_figure(point[key]) for key in keys] for point in points]),
-        "Clients at a time, with requests of 10 documents, and how many executions they share:",
+        "Clients at a time, with requests of 10 documents, and how many executions they share. "
+        "What waits for longer than the queue's 10 s is refused, and tried again by the client.",
         _table(of_clients, clients),
     ]
 
@@ -120,7 +127,7 @@ def _delay(points: list[dict[str, Any]]) -> list[str]:
         [_figure(point["max_queue_delay_us"] // 1000), *(_figure(point[key]) for key in keys)]
         for point in points
     ]
-    return ["What a queue delay buys on this machine:", _table(head, rows)]
+    return ["What a queue delay buys on this machine, median of three turns:", _table(head, rows)]
 
 
 def _figure(value: float) -> str:
@@ -143,19 +150,19 @@ def plot_rates(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_latencies(result: dict[str, Any], path: Path) -> None:
-    """A dot for each way that took whole requests: its throughput, and a request's latency."""
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    most = max(row["pairs"] for row in result["rows"])
-    for row in result["rows"]:
-        if row["pairs"] == most:
-            x, y = row["pairs_per_second"]["median"], row["latency_ms"]["median"]
-            axes.scatter(x, y, color=COLOURS[row["table"]])
-            axes.annotate(row["label"], (x, y), (5, 3), textcoords="offset points", fontsize=7)
+    """A number for each way that took whole requests: its throughput, and a request's latency."""
+    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
+    most = max(row["requests"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["requests"] == most]
+    for number, row in enumerate(rows, 1):
+        x, y = row["pairs_per_second"]["median"], row["latency_ms"]["median"]
+        axes.scatter(x, y, color=COLOURS[row["table"]], label=f"{number}  {row['label']}")
+        axes.annotate(str(number), (x, y), (4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("pairs a second (median)")
     axes.set_ylabel("ms for a request (median)")
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.2)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, handlelength=0, markerscale=0.6)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

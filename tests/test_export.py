@@ -401,6 +401,11 @@ def test_the_one_before_is_kept_and_older_ones_go(
         folders.append(export(str(checkpoint), "fp32", relative))
     assert folders[-1] == export(str(checkpoint), "fp32", relative)
     assert [folder.exists() for folder in folders] == [False, True, True]
+    current = relative / "cross_encoder" / "current"
+    current.unlink()
+    current.symlink_to("export-mistyped")
+    folders.append(export(str(tmp_path / "0.2"), "fp16", relative))
+    assert [folder.exists() for folder in folders] == [False, True, True, True]
     assert (relative / "cross_encoder" / "current").resolve() == folders[-1].resolve()
 
 

@@ -179,6 +179,13 @@ def test_missing_model_is_one_clear_line(tmp_path: Path) -> None:
             EmbeddedServer(Settings(folder, grpc_port=0, http_port=0, metrics_port=0)).__enter__()
 
 
+def test_a_link_to_nowhere_is_one_clear_line(tmp_path: Path) -> None:
+    repository = new_repository(tmp_path / "repository")
+    (repository / "cross_encoder" / "current").symlink_to("export-mistyped")
+    with pytest.raises(ServerError, match="points to export-mistyped"), start(repository):
+        pass
+
+
 def test_broken_model_is_noticed_at_start(int8_repository: Path, tmp_path: Path) -> None:
     repository = new_repository(tmp_path / "repository")
     current = repository / "cross_encoder" / "current"

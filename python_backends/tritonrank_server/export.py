@@ -249,9 +249,10 @@ def _publish(staging: Path) -> Path:
     link = models / f".current-{os.getpid()}"
     link.symlink_to(folder.name)
     link.replace(current)
-    for older in models.glob("export-*"):
-        if older.name not in (folder.name, previous):
-            shutil.rmtree(older)
+    if (models / previous).exists():  # Else it is a slip of who went back by hand.
+        for older in models.glob("export-*"):
+            if older.name not in (folder.name, previous):
+                shutil.rmtree(older)
     return folder
 
 

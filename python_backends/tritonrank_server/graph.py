@@ -24,8 +24,6 @@ from tokenizers import Tokenizer
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
 #: stands at each place of the padded form. Where ``mask`` is false it is the document's own first:
 #: attention weighs it with 0, and 0 times another document's NaN or infinity would be NaN.
-#: ``spans`` [3 N + 2] is what MultiHeadAttention asks for: the lengths, then where each row of the
-#: padded form begins and the last ends, once for queries and once for keys.
 _COMMON = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -60,7 +58,7 @@ ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
 _PACKED = f"""
 ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
     => (int64[t] packed_ids, int64[t] packed_types, int64[t] packed_positions, int64[n, l] slots,
-        bool[n, l] mask, int32[spans] spans, int64[t] unslots, int64[n] first)
+        bool[n, l] mask, int32[n] row_lengths, int64[t] unslots, int64[n] first)
 {{{_COMMON}
     flat = Constant <value = int64[1] {{-1}}> ()
     flat_mask = Reshape (mask, flat)
@@ -71,11 +69,7 @@ ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
     packed_types = Gather (flat_types, unslots)
     packed_positions = Mod (unslots, longest)
     first = Reshape (start, flat)
-    flat_lengths = Reshape (lengths, flat)
-    beyond = Add (places, one)
-    long_rows = Range (zero, beyond, longest)
-    rows = Cast <to = 6> (long_rows)
-    spans = Concat <axis = 0> (flat_lengths, rows, rows)
+    row_lengths = Reshape (lengths, flat)
 }}
 """
 
@@ -95,7 +89,7 @@ PACKED_INPUTS = (
     "positions",
     "slots",
     "mask",
-    "spans",
+    "row_lengths",
     "unslots",
     "first",
 )

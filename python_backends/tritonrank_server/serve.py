@@ -104,7 +104,7 @@ class EmbeddedServer:
             # Where this process dies, the log's pipe breaks, and that must not kill the server
             # before it has cleaned up: it keeps ignoring SIGPIPE, as Python does.
             restore_signals=False,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self._log = threading.Thread(target=self._relay_log, daemon=True)
         self._log.start()
@@ -232,6 +232,9 @@ def _check_repository(repository: Path, home: Path) -> None:
             raise ServerError(
                 f"Triton hands {path!r} to a shell unquoted: use a path of letters, digits, . _ -"
             )
+    current = repository / "cross_encoder" / "current"
+    if current.is_symlink() and not current.exists():
+        raise ServerError(f"{current} points to {current.readlink()}, which is not there: mend it")
     if not (repository / "cross_encoder" / "1" / "model.onnx").exists():
         raise ServerError(f"no model in {repository}: run `tritonrank export` first")
 
@@ -305,7 +308,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Asks Linux to stop this child when its parent dies, even by SIGKILL; see prctl(2)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

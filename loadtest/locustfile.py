@@ -1,0 +1,207 @@
+"""Locust users of the ensemble: ``locust -f loadtest/locustfile.py --host HOST:PORT [USER …]``.
+
+Closed loop: each ``RerankUser`` (the tritonrank client) or ``TritonUser`` (plain tritonclient)
+sends its next request when it has the answer. Open loop: each ``ArrivalUser`` sends one request a
+second on average, answered or not, as the public does; what a request waits for the server is part
+of its response time. ``-f loadtest/locustfile.py,loadtest/shapes.py`` lets their number change.
+"""
+
+from __future__ import annotations
+
+import grpc.experimental.gevent
+
+# Before any channel is made: gRPC's own threads would block the hub, on which all users run.
+grpc.experimental.gevent.init_gevent()
+
+import random
+import sys
+import time
+from collections import Counter
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import gevent.pool
+import numpy as np
+import tritonclient.grpc as triton
+from locust import User, events, task
+from locust.env import Environment
+from locust.runners import WorkerRunner
+from tokenizers import Tokenizer
+from tritonrank import RerankClient
+
+# Locust puts this file's folder on the path, not the one it is a package in.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from loadtest.workloads import WORKLOADS, Request, stream
+
+TOKENIZER = Path(__file__).parents[1] / "model_repository" / "tokenizer" / "1" / "tokenizer.json"
+
+#: Tells the users of a process apart, so that each sends other requests.
+_seeds = count()
+
+
+@events.init_command_line_parser.add_listener
+def _options(parser: Any) -> None:
+    group = parser.add_argument_group("tritonrank")
+    names = ", ".join(WORKLOADS)
+    group.add_argument("--workload", default="search", help=f"{names}, or a JSONL file")
+    group.add_argument("--timeout", type=float, default=10.0, help="seconds of a request")
+    group.add_argument("--bulk", action="store_true", help="requests that let all others pass")
+
+
+@cache
+def _shared_client(host: str, timeout: float) -> RerankClient:
+    """One for all users of a process, as in an application."""
+    return RerankClient(host, timeout=timeout)
+
+
+class _Reranking(User):  # type: ignore[misc]
+    """What all users share: a stream of requests, and what is reported of each."""
+
+    abstract = True
+    host = "127.0.0.1:8001"
+
+    def on_start(self) -> None:
+        self.options = self.environment.parsed_options
+        self.seed = next(_seeds)
+        self.requests = stream(self.options.workload, self.seed)
+
+    def rank(self, request: Request) -> None:
+        raise NotImplementedError
+
+    @task
+    def next_request(self) -> None:
+        self.send(next(self.requests), time.perf_counter())
+
+    def send(self, request: Request, due: float) -> None:
+        """Ranks and reports. Those that fail have a name of their own, and so percentiles."""
+        name, error = self.options.workload, None
+        try:
+            self.rank(request)
+        except Exception as raised:  # Any failure is one for the report.
+            name, error = f"{name}: {type(raised).__name__}", raised
+        self.environment.events.request.fire(
+            request_type=type(self).__name__,
+            name=name,
+            response_time=1000 * (time.perf_counter() - due),
+            response_length=0,
+            exception=error,
+            context={"documents": request[1]},
+        )
+
+
+class RerankUser(_Reranking):
+    """The tritonrank client, closed loop."""
+
+    def rank(self, request: Request) -> None:
+        client = _shared_client(self.host, self.options.timeout)
+        client.rank(*request, bulk=self.options.bulk)
+
+
+class ArrivalUser(RerankUser):
+    """The tritonrank client, open loop: a Poisson process of one request a second."""
+
+    def on_start(self) -> None:
+        super().on_start()
+        self.random = random.Random(self.seed)
+        self.under_way = gevent.pool.Group()
+        self.due = time.perf_counter() + self.random.random()
+
+    @task
+    def next_request(self) -> None:
+        gevent.sleep(max(0, self.due - time.perf_counter()))
+        self.under_way.spawn(self.send, next(self.requests), self.due)
+        self.due += self.random.expovariate(1)
+
+    def on_stop(self) -> None:
+        self.under_way.join()
+
+
+class TritonUser(_Reranking):
+    """Plain tritonclient, closed loop."""
+
+    def on_start(self) -> None:
+        super().on_start()
+        self.client = triton.InferenceServerClient(self.host)
+
+    def on_stop(self) -> None:
+        self.client.close()  # A channel that is open would keep the process from ending.
+
+    def rank(self, request: Request) -> None:
+        query, documents = request
+        inputs = [
+            triton.InferInput("QUERY", [1], "BYTES"),
+            triton.InferInput("DOCUMENTS", [len(documents)], "BYTES"),
+        ]
+        inputs[0].set_data_from_numpy(np.array([query], dtype=object))
+        inputs[1].set_data_from_numpy(np.array(documents, dtype=object))
+        options = {"priority": 2, "parameters": {"bulk": True}} if self.options.bulk else {}
+        self.client.infer("reranker", inputs, client_timeout=self.options.timeout, **options)
+
+
+class Throughput:
+    """Documents and tokens ranked, of all processes, in Locust's web page and at its end."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.counts: Counter[str] = Counter()
+        self.started = time.time()
+        self.tokenizer = Tokenizer.from_file(str(TOKENIZER)) if TOKENIZER.exists() else None
+        for name in ("request", "test_start", "report_to_master", "worker_report", "quitting"):
+            getattr(environment.events, name).add_listener(getattr(self, name))
+        if environment.web_ui:
+            self._extend(environment.web_ui)
+
+    def request(self, exception: Exception | None, context: dict[str, Any], **_: Any) -> None:
+        if exception is None:
+            documents = context["documents"]
+            self.counts["documents"] += len(documents)
+            if self.tokenizer:
+                encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+                self.counts["tokens of documents"] += sum(len(each.ids) for each in encodings)
+
+    def test_start(self, **_: Any) -> None:
+        self.counts.clear()
+        self.started = time.time()
+
+    def report_to_master(self, data: dict[str, Any], **_: Any) -> None:
+        data["throughput"] = dict(self.counts)
+        self.counts.clear()
+
+    def worker_report(self, data: dict[str, Any], **_: Any) -> None:
+        self.counts.update(data["throughput"])
+
+    def rows(self) -> list[dict[str, object]]:
+        """What was ranked so far, and a second."""
+        elapsed = max(1e-9, time.time() - self.started)
+        return [
+            {"name": name, "total": total, "rate": round(total / elapsed, 1)}
+            for name, total in self.counts.items()
+        ]
+
+    def quitting(self, **_: Any) -> None:
+        if not isinstance(self.environment.runner, WorkerRunner):
+            for row in self.rows():
+                print(f"{row['name']}: {row['total']}, {row['rate']} a second", file=sys.stderr)
+
+    def _extend(self, web_ui: Any) -> None:
+        key, columns = "throughput", {"name": "", "total": "total", "rate": "a second"}
+        web_ui.template_args["extended_tabs"] = [{"title": "Documents and tokens", "key": key}]
+        structure = [{"key": name, "title": title} for name, title in columns.items()]
+        web_ui.template_args["extended_tables"] = [{"key": key, "structure": structure}]
+
+        @web_ui.app.after_request
+        def add(response: Any) -> Any:
+            from flask import request
+
+            if request.path == "/stats/requests" and response.is_json:
+                added = {"extended_stats": [{"key": key, "data": self.rows()}]}
+                response.set_data(web_ui.app.json.dumps(response.json | added))
+            return response
+
+
+@events.init.add_listener
+def _on_init(environment: Environment, **_: Any) -> None:
+    Throughput(environment)

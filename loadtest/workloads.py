@@ -1,0 +1,80 @@
+"""What load tests send: named, seeded streams of requests, or a file of one's own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+
+from .data import SHARE_OF_WORDS, WORDS
+
+#: A query, and its documents.
+Request = tuple[str, list[str]]
+
+
+def stream(workload: str, seed: int = 0) -> Iterator[Request]:
+    """Requests without end: of a workload, the same for the same seed, or of a file over and over.
+
+    Args:
+        workload: one of ``WORKLOADS``, or a JSONL file, ``{"query": …, "documents": […]}`` a line.
+        seed: tells the users of a test apart.
+    """
+    source = random.Random(f"{workload} {seed}")
+    if workload in WORKLOADS:
+        while True:
+            yield WORKLOADS[workload](source)
+    lines = Path(workload).read_text(encoding="utf-8").splitlines()
+    requests = [(each["query"], each["documents"]) for each in map(json.loads, lines)]
+    source.shuffle(requests)
+    yield from cycle(requests)
+
+
+def _text(source: random.Random, words: int) -> str:
+    return " ".join(source.choices(WORDS.split(), k=words))
+
+
+def _search(source: random.Random, documents: int = 100) -> Request:
+    """Passages as long as DL19's."""
+    quantiles = [source.random() for _ in range(documents)]
+    lengths = np.interp(quantiles, *np.transpose(SHARE_OF_WORDS))
+    return _text(source, 6), [_text(source, int(words)) for words in lengths]
+
+
+def _rag(source: random.Random) -> Request:
+    """Chunks of about 300 tokens."""
+    return _text(source, 12), [_text(source, source.randint(200, 300)) for _ in range(20)]
+
+
+def _autocomplete(source: random.Random) -> Request:
+    """Completions of what was typed."""
+    return _text(source, 2), [_text(source, source.randint(2, 8)) for _ in range(10)]
+
+
+def _multilingual(source: random.Random) -> Request:
+    """A query with a dozen documents of the sample, in English, Korean or Japanese."""
+    lines = (files("tritonrank_server") / "sample.jsonl").read_text("utf-8").splitlines()
+    request = json.loads(source.choice(lines))
+    return request["query"], request["documents"]
+
+
+def _mixed(source: random.Random) -> Request:
+    return source.choice([_search, _rag, _autocomplete, _multilingual])(source)
+
+
+def _spiky(source: random.Random) -> Request:
+    """Small requests, of which one in twenty is thirty times as large."""
+    return _search(source, 300 if source.random() < 0.05 else 10)
+
+
+WORKLOADS: dict[str, Callable[[random.Random], Request]] = {
+    "search": _search,
+    "rag": _rag,
+    "autocomplete": _autocomplete,
+    "mixed": _mixed,
+    "spiky": _spiky,
+}

@@ -1,0 +1,125 @@
+"""Load tests: their requests, and Locust's users against real servers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonrank_server.serve import EmbeddedServer
+
+from loadtest.workloads import WORKLOADS, stream
+
+LOADTEST = Path(__file__).parents[1] / "loadtest"
+
+
+def test_workloads_are_the_same_at_each_run() -> None:
+    for name in WORKLOADS:
+        first = list(islice(stream(name, 1), 5))
+        assert first == list(islice(stream(name, 1), 5))
+        assert first != list(islice(stream(name, 2), 5))
+    sizes = {name: len(next(stream(name))[1]) for name in ("search", "rag", "autocomplete")}
+    assert sizes == {"search": 100, "rag": 20, "autocomplete": 10}
+    assert {len(documents) for _, documents in islice(stream("spiky"), 99)} == {10, 300}
+    mixed = "".join(query for query, _ in islice(stream("mixed"), 60))
+    assert any("가" <= letter <= "힣" for letter in mixed)
+    assert any("ぁ" <= letter <= "ん" for letter in mixed)
+
+
+def test_own_requests(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(
+        '{"query": "차", "documents": ["a", "b"]}\n{"query": "q", "documents": ["c"]}\n'
+    )
+    found = list(islice(stream(str(path)), 4))
+    assert sorted(found[:2]) == [("q", ["c"]), ("차", ["a", "b"])]
+    assert found[2:] == found[:2]
+
+
+def locust(url: str, *arguments: str) -> tuple[dict[str, int], str]:
+    """Runs Locust without its page; gives its count of requests by name, and what it printed."""
+    command = [sys.executable, "-m", "locust", "-f", str(LOADTEST / "locustfile.py"), "--headless"]
+    done = subprocess.run(
+        [*command, "--json", "--host", url, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # Each worker prints an empty list, too.
+    lists = re.sub(r"^\[\]$", "", done.stdout, flags=re.M)
+    return {row["name"]: row["num_requests"] for row in json.loads(lists)}, done.stderr
+
+
+def documents_ranked(printed: str) -> int:
+    """By the locustfile's own count."""
+    [total] = re.findall(r"^documents: (\d+),", printed, re.M)
+    return int(total)
+
+
+@pytest.mark.parametrize("user", ["RerankUser", "TritonUser", "ArrivalUser"])
+def test_users_on_a_real_server(int8_server: EmbeddedServer, user: str) -> None:
+    many = ["--users=4", "--spawn-rate=4", "--run-time=4s", "--stop-timeout=30"]
+    options = ["--workload=autocomplete", "--timeout=60"]
+    counts, printed = locust(int8_server.grpc_url, *many, *options, user)
+    assert set(counts) == {"autocomplete"}  # Failures would have a name of their own.
+    assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
+
+
+def test_shapes_and_processes(int8_server: EmbeddedServer) -> None:
+    shape = ["-f", f"{LOADTEST / 'locustfile.py'},{LOADTEST / 'shapes.py'}", "--shape=spike"]
+    many = ["--peak=4", "--period=5", "--processes=2", "--stop-timeout=30"]
+    options = ["--workload=autocomplete", "--timeout=60"]
+    counts, printed = locust(int8_server.grpc_url, *shape, *many, *options, "RerankUser")
+    assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
+
+
+def test_failures_are_told_apart(int8_server: EmbeddedServer, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"query": " ", "documents": ["a"]}')
+    many = ["--users=1", "--run-time=2s", "--exit-code-on-error=0", "--workload", str(own)]
+    counts, _ = locust(int8_server.grpc_url, *many, "RerankUser")
+    assert set(counts) == {f"{own}: InvalidRequestError"}
+
+
+@dataclass
+class Slow(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers when so many requests are there at a time."""
+
+    crowd: threading.Barrier = field(default_factory=lambda: threading.Barrier(100))
+
+    def ModelConfig(self, request: object, context: grpc.ServicerContext) -> object:
+        response = service_pb2.ModelConfigResponse()
+        response.config.max_batch_size = 1024
+        return response
+
+    def ModelInfer(self, request: object, context: grpc.ServicerContext) -> object:
+        self.crowd.wait(60)
+        response = service_pb2.ModelInferResponse()
+        for name, dtype in (("INDICES", "<i4"), ("SCORES", "<f4"), ("LOGITS", "<f4")):
+            response.outputs.add(name=name)
+            response.raw_output_contents.append(np.zeros(1, dtype).tobytes())
+        return response
+
+
+def test_100_users_run_at_a_time(tmp_path: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(128))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Slow(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        own = tmp_path / "one.jsonl"
+        own.write_text(json.dumps({"query": "q", "documents": ["d"]}))
+        many = ["--users=100", "--spawn-rate=100", "--run-time=5s"]
+        options = ["--workload", str(own), "--timeout=60"]
+        counts, _ = locust(f"127.0.0.1:{port}", *many, *options, "RerankUser")
+    finally:
+        server.stop(None)
+    assert counts[str(own)] >= 100
