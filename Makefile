@@ -8,7 +8,7 @@ PEERS := loadtest/environments
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export bench test lint clean
+.PHONY: help setup demo serve export bench locust test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VEN
 bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, and write them into the README
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
 	$(BIN)/python -m loadtest.report
+
+locust: $(VENV)/.all ## Locust's page, for load tests of the server that runs
+	$(BIN)/locust -f loadtest/locustfile.py
 
 test: $(VENV)/.all ## Run all tests
 	$(BIN)/pytest
