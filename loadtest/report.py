@@ -87,7 +87,8 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
         f"{limit['gflop']:.1f} GFLOP. Alone they run at {limit['fp32_gflop_per_second']:.0f} "
         f"GFLOP/s in FP32, {limit['fp32_pairs_per_second']:.0f} pairs/s, and at "
         f"{limit['int8_gflop_per_second']:.0f} in INT8, {limit['int8_pairs_per_second']:.0f} "
-        f"pairs/s, of which the graph reaches {100 * limit['reached']:.0f} %.\n"
+        f"pairs/s; the graph reaches {100 * limit['reached']:.0f} % of that (over 100 where the "
+        "machine's speed drifted between the two).\n"
         f"- Padded to the longest of each request, {100 * anatomy['real_tokens']:.0f} % of the "
         "places would be real tokens; here all are.",
     ]
