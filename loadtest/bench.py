@@ -127,15 +127,20 @@ def prepare() -> None:
     onnx.save(ragged(graph, default_model.ACTIVATION), MODELS / "ragged.onnx")
     _lengthen(graph, 8)
     onnx.save(graph, MODELS / "padded-4096.onnx")
-    source = HERE.parent / "model_repository"
-    unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
     for precision in ("fp32", "fp16" if GPU else "int8"):
         repository = MODELS / f"repository-{precision}"
         shutil.rmtree(repository, ignore_errors=True)
-        shutil.copytree(source, repository, symlinks=True, ignore=unpublished)
+        new_repository(repository)
         link = MODELS / precision
         link.unlink(missing_ok=True)
         link.symlink_to(export("default", precision, repository))
+
+
+def new_repository(folder: Path) -> Path:
+    """A copy of the hand-written model repository, with nothing published in it."""
+    source = HERE.parent / "model_repository"
+    unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
+    return Path(shutil.copytree(source, folder, symlinks=True, ignore=unpublished))
 
 
 def _lengthen(model: onnx.ModelProto, times: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
@@ -28,8 +29,7 @@ def stream(workload: str, seed: int = 0) -> Iterator[Request]:
     if workload in WORKLOADS:
         while True:
             yield WORKLOADS[workload](source)
-    lines = Path(workload).read_text(encoding="utf-8").splitlines()
-    requests = [(each["query"], each["documents"]) for each in map(json.loads, lines)]
+    requests = _read(Path(workload).read_text("utf-8"))
     source.shuffle(requests)
     yield from cycle(requests)
 
@@ -57,9 +57,16 @@ def _autocomplete(source: random.Random) -> Request:
 
 def _multilingual(source: random.Random) -> Request:
     """A query with a dozen documents of the sample, in English, Korean or Japanese."""
-    lines = (files("tritonrank_server") / "sample.jsonl").read_text("utf-8").splitlines()
-    request = json.loads(source.choice(lines))
-    return request["query"], request["documents"]
+    return source.choice(_sample())
+
+
+@cache
+def _sample() -> list[Request]:
+    return _read((files("tritonrank_server") / "sample.jsonl").read_text("utf-8"))
+
+
+def _read(jsonl: str) -> list[Request]:
+    return [(each["query"], each["documents"]) for each in map(json.loads, jsonl.splitlines())]
 
 
 def _mixed(source: random.Random) -> Request:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,18 +16,13 @@ from tritonrank_server.pipeline import Pipeline
 from tritonrank_server.serve import EmbeddedServer, Settings
 from tritonrank_server.tokenizer import PairTokenizer
 
-MODEL_REPOSITORY = Path(__file__).parents[1] / "model_repository"
+from loadtest.bench import new_repository
+
 MAX_DOCUMENTS = 1024
 
 
 # A shell starts what runs in the background with SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def new_repository(folder: Path) -> Path:
-    """A copy of the hand-written model repository, with nothing published in it."""
-    unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
-    return Path(shutil.copytree(MODEL_REPOSITORY, folder, symlinks=True, ignore=unpublished))
 
 
 def start(repository: Path) -> AbstractContextManager[EmbeddedServer]:

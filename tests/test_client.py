@@ -337,5 +337,7 @@ def test_a_bulk_call_says_so(count: int, bulk: bool, level: tuple[int, bool]) ->
 
 
 def test_a_bulk_call_is_in_small_parts() -> None:
-    assert [len(texts) for _, texts in protocol.split(["a"] * 40, 1024, True)] == [14, 13, 13]
-    assert [len(texts) for _, texts in protocol.split(["a"] * 40, 1024, False)] == [40]
+    for bulk, sizes in ((True, [27, 27, 26]), (False, [80])):
+        parts, requests = protocol.parts_and_requests("q", ["a"] * 80, None, 1.0, bulk, 1024)
+        assert [len(texts) for _, texts in parts] == sizes
+        assert [request.inputs[1].shape[0] for request in requests] == sizes

@@ -31,6 +31,7 @@ from tritonrank import (
     RerankError,
     RerankTimeoutError,
 )
+from tritonrank.protocol import BULK_DOCUMENTS
 from tritonrank_server import default_model
 from tritonrank_server.serve import EmbeddedServer
 
@@ -249,7 +250,7 @@ def test_a_bulk_call_lets_others_pass(client: RerankClient, sample: Sample) -> N
         time.sleep(1)
         for _ in range(3):
             assert len(client.rank(query, documents)) == 12
-        assert not bulk.done()  # Of 25 parts, it would be, had it gone first.
+        assert not bulk.done()  # Of 13 parts, it would be, had it gone first.
         assert bulk.result() == expected
 
 
@@ -527,3 +528,5 @@ def test_the_limits_agree() -> None:
     max_documents = config("tokenizer/config.pbtxt").parameters["max_documents"].string_value
     assert config("cross_encoder/config.pbtxt").max_batch_size == int(max_documents)
     assert int(max_documents) == MAX_DOCUMENTS
+    cpu = config("cross_encoder/configs/cpu.pbtxt").dynamic_batching
+    assert list(cpu.preferred_batch_size) == [BULK_DOCUMENTS]

@@ -59,12 +59,10 @@ class AsyncRerankClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             limit = await self._document_limit(deadline)
-            bulk = bulk or len(documents) > limit
-            parts = protocol.split(documents, limit, bulk)
             remaining = deadline - time.monotonic()
-            requests = [
-                protocol.request(query, texts, top_k, remaining, bulk) for _, texts in parts
-            ]
+            parts, requests = protocol.parts_and_requests(
+                query, documents, top_k, remaining, bulk, limit
+            )
             calls = [
                 self._stub.ModelInfer(each, timeout=deadline - time.monotonic())
                 for each in requests

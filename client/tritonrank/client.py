@@ -62,8 +62,8 @@ class RerankClient:
             documents: one or more; an empty string is one.
             top_k: how many to return, 1 or more; default, all.
             timeout: seconds, in place of the client's own.
-            bulk: whether it goes after all calls that are not, in small parts, so that none of them
-                waits for it. A call of more documents than a request may have always does.
+            bulk: whether it goes after all calls that are not, in small parts, so that they wait
+                for one at most. A call of more documents than a request may have always does.
 
         Raises:
             InvalidRequestError: the server refused the request, and says why.
@@ -76,12 +76,10 @@ class RerankClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             limit = self._document_limit(deadline)
-            bulk = bulk or len(documents) > limit
-            parts = protocol.split(documents, limit, bulk)
             remaining = deadline - time.monotonic()
-            requests = [
-                protocol.request(query, texts, top_k, remaining, bulk) for _, texts in parts
-            ]
+            parts, requests = protocol.parts_and_requests(
+                query, documents, top_k, remaining, bulk, limit
+            )
             calls = [
                 self._stub.ModelInfer.future(each, timeout=deadline - time.monotonic())
                 for each in requests

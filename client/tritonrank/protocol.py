@@ -12,8 +12,9 @@ from tritonclient.grpc import service_pb2
 #: The model whose batch size is the server's limit of documents.
 LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
 
-#: The most documents of a part of a bulk call. An interactive request waits for one at most.
-BULK_DOCUMENTS = 16
+#: The most documents of a part of a bulk call: what an execution of the CPU scorer has, so that few
+#: other requests are answered together with it. The others wait for the one that runs, at most.
+BULK_DOCUMENTS = 32
 #: The server's level for what goes after everything else; 1 is the default.
 BULK_PRIORITY = 2
 
@@ -51,12 +52,29 @@ def check(documents: Sequence[str], top_k: int | None) -> None:
         raise TypeError(f"top_k is of type {type(top_k).__name__}: pass an int or None")
 
 
-def split(documents: Sequence[str], limit: int, bulk: bool) -> list[tuple[int, Sequence[str]]]:
-    """Parts of even size within the limit, each with the index that it starts at.
+#: The index that it starts at, and its documents.
+Part = tuple[int, Sequence[str]]
+
+
+def parts_and_requests(
+    query: str,
+    documents: Sequence[str],
+    top_k: int | None,
+    timeout: float,
+    bulk: bool,
+    limit: int,
+) -> tuple[list[Part], list[service_pb2.ModelInferRequest]]:
+    """The parts of a call, and the request of each. A call beyond the limit is a bulk call."""
+    bulk = bulk or len(documents) > limit
+    parts = split(documents, min(limit, BULK_DOCUMENTS) if bulk else limit)
+    return parts, [request(query, texts, top_k, timeout, bulk) for _, texts in parts]
+
+
+def split(documents: Sequence[str], limit: int) -> list[Part]:
+    """Parts of even size within the limit.
 
     No document gives one empty part: it is for the server to refuse it.
     """
-    limit = min(limit, BULK_DOCUMENTS) if bulk else limit
     parts = max(1, -(-len(documents) // limit))
     size, longer = divmod(len(documents), parts)
     ends = accumulate([size + (i < longer) for i in range(parts)], initial=0)
