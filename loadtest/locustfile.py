@@ -127,7 +127,9 @@ class TritonUser(_Reranking):
         self.client = triton.InferenceServerClient(self.host)
 
     def on_stop(self) -> None:
-        self.client.close()  # A channel that is open would keep the process from ending.
+        # It closes itself when collected: left to the interpreter's end, when gevent is gone, that
+        # would wait for ever.
+        del self.client
 
     def rank(self, request: Request) -> None:
         query, documents = request
