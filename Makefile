@@ -8,7 +8,7 @@ PEERS := loadtest/environments
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export bench locust test lint clean
+.PHONY: help setup demo serve export bench loadtest locust test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,11 +28,15 @@ bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, a
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
 	$(BIN)/python -m loadtest.report
 
+loadtest: $(VENV)/.all | published ## Find the knee of a server, its own or URL=…: build/load/load.html
+	$(BIN)/python -m loadtest.sweep $(if $(URL),--url $(URL)) $(ARGS)
+
 locust: $(VENV)/.all ## Locust's page, for load tests of the server that runs
 	$(BIN)/locust -f loadtest/locustfile.py
 
+# Two files at a time: exports have one thread each.
 test: $(VENV)/.all ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.all ## Check style and types
 	$(BIN)/ruff check .

@@ -333,7 +333,7 @@ def main() -> int:
         result: dict[str, Any] = {
             "left_out": measure(rows, every),
             "hardware": hardware(),
-            "commit": _commit(),
+            "commit": commit(),
             "versions": {name: version(name) for name in ("onnxruntime", "tokenizers")},
             "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated text",
             "queries": len(every),
@@ -358,7 +358,8 @@ def main() -> int:
     return 0
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, and whether files differ from it."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 

@@ -1,4 +1,4 @@
-"""The benchmark's results → the README's tables, and their plots."""
+"""The benchmark's and the load tests' results → the README's tables, and their plots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from .sweep_report import facts, rates, stages, summary
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
-BEGIN, END = "<!-- benchmark: written by loadtest/report.py -->\n", "<!-- end of benchmark -->\n"
+BEGIN, END = "<!-- {}: written by loadtest/report.py -->\n", "<!-- end of {} -->\n"
 COLOURS = {"ladder": "#2a6f97", "peers": "#adb5bd"}
 
 
@@ -168,8 +170,8 @@ def plot_latencies(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    """Writes the tables between the README's two marks, and the plots beside the results."""
+def benchmark() -> str:
+    """Of each machine; draws the plots."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     for name, result in results.items():
         plot_rates(result, RESULTS / f"{name}.png")
@@ -177,12 +179,42 @@ def main() -> None:
     parts = [markdown(result, name) for name, result in results.items()]
     if not any(result["hardware"]["gpu"] for result in results.values()):
         parts.append("GPU: not measured.")
-    block = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    text = BEGIN + "\n\n".join(parts) + "\n" + END
-    replaced, found = block.subn(lambda _: text, README.read_text())
+    return "\n\n".join(parts)
+
+
+def load_tests() -> str:
+    """Of each folder that a sweep wrote."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/load.json")):
+        result = json.loads(path.read_text())
+        parts += [
+            f"`--workload {result['workload']}`. {facts(result)}",
+            summary(result),
+            f"![Latency and throughput]({path.parent.relative_to(README.parent)}/load.png)",
+            _table(*rates(result)),
+            _table(*stages(result)),
+        ]
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """The text with the block between the two marks of that name.
+
+    Raises:
+        SystemExit: there are no such marks.
+    """
+    begin, end = BEGIN.format(name), END.format(name)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    text, found = pattern.subn(lambda _: f"{begin}{block}\n{end}", text)
     if not found:
-        raise SystemExit(f"no line {BEGIN.strip()} in {README}")
-    README.write_text(replaced)
+        raise SystemExit(f"no line {begin.strip()} in {README}")
+    return text
+
+
+def main() -> None:
+    """Writes the tables between the README's marks, and the plots beside the results."""
+    text = replaced(README.read_text(), "benchmark", benchmark())
+    README.write_text(replaced(text, "load", load_tests()))
 
 
 if __name__ == "__main__":

@@ -78,10 +78,16 @@ def _spiky(source: random.Random) -> Request:
     return _search(source, 300 if source.random() < 0.05 else 10)
 
 
+def _bulk(source: random.Random) -> Request:
+    """A job that is in no hurry."""
+    return _search(source, 5000)
+
+
 WORKLOADS: dict[str, Callable[[random.Random], Request]] = {
     "search": _search,
     "rag": _rag,
     "autocomplete": _autocomplete,
     "mixed": _mixed,
     "spiky": _spiky,
+    "bulk": _bulk,
 }

@@ -76,7 +76,9 @@ def test_contestants_agree_and_are_reported(
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    marks = [report.BEGIN, "old\n", report.END]
+    blocks = ["".join(marks).format(name, name) for name in ("benchmark", "load")]
+    readme.write_text(f"before\n{blocks[0]}between\n{blocks[1]}after\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.main()

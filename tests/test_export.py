@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -391,20 +392,20 @@ def test_an_interrupted_export_leaves_what_was_there(published: Path, how: signa
 
 
 def test_the_one_before_is_kept_and_older_ones_go(
-    published: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
+    published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = default_model.int8_source()
+    monkeypatch.setattr(module, "_source", lambda name, *_: replace(source, name=name))
     monkeypatch.chdir(published.parent)  # As the command runs: the repository's path is relative.
     relative = Path(published.name)
     folders = [(relative / "cross_encoder" / "current").resolve()]
-    for seed in (0.2, 0.3):
-        checkpoint = write_checkpoint(tmp_path / str(seed), "bert", sample, initializer_range=seed)
-        folders.append(export(str(checkpoint), "fp32", relative))
-    assert folders[-1] == export(str(checkpoint), "fp32", relative)
+    folders += [export(name, "int8", relative) for name in ("one", "two")]
+    assert folders[-1] == export("two", "int8", relative)
     assert [folder.exists() for folder in folders] == [False, True, True]
     current = relative / "cross_encoder" / "current"
     current.unlink()
     current.symlink_to("export-mistyped")
-    folders.append(export(str(tmp_path / "0.2"), "fp16", relative))
+    folders.append(export("three", "int8", relative))
     assert [folder.exists() for folder in folders] == [False, True, True, True]
     assert (relative / "cross_encoder" / "current").resolve() == folders[-1].resolve()
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank_server.serve import EmbeddedServer
 
+from loadtest.sweep import Limits, Step
 from loadtest.workloads import WORKLOADS, stream
 
 LOADTEST = Path(__file__).parents[1] / "loadtest"
@@ -123,3 +124,44 @@ def test_100_users_run_at_a_time(tmp_path: Path) -> None:
     finally:
         server.stop(None)
     assert counts[str(own)] >= 100
+
+
+def test_a_sweep_reports_and_judges(int8_server: EmbeddedServer, tmp_path: Path) -> None:
+    urls = ["--url", int8_server.grpc_url, "--metrics-url", int8_server.metrics_url]
+    command = [sys.executable, "-m", "loadtest.sweep", *urls, "--workload=autocomplete"]
+    load = ["--rates", "3", "6", "--seconds=4", "--timeout=60", "--output", str(tmp_path)]
+    held = subprocess.run([*command, *load, "--p95-ms=60000"], cwd=LOADTEST.parent, timeout=300)
+    assert held.returncode == 0
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert result["knee"] == 1
+    assert [step["offered"] for step in result["steps"]] == [3, 6]
+    for step in result["steps"]:
+        assert 0.3 < step["requests"] / (4 * step["offered"]) < 1.7
+        assert step["errors"] == {}
+        assert 0 < step["p50_ms"] <= step["p95_ms"] <= step["p99_ms"]
+        requests = pytest.approx(step["documents_per_execution"] / 10)
+        assert step["requests_per_execution"] == requests >= 1
+        assert step["compute_ms"]["cross_encoder"] > step["compute_ms"]["sorter"] > 0
+        assert step["tokens"] > step["documents"] > 0
+    page = (tmp_path / "load.html").read_text()
+    assert f"{result['steps'][1]['answered']:.2f}" in page
+    assert page.count("data:image/png;base64,") == 2
+    for plot in ("load.png", "bars.png"):
+        assert (tmp_path / plot).stat().st_size > 1000
+    missed = subprocess.run([*command, *load, "--p95-ms=0.1"], cwd=LOADTEST.parent, timeout=300)
+    assert missed.returncode == 1
+    assert json.loads((tmp_path / "load.json").read_text())["knee"] is None
+
+
+def test_the_knee_is_before_the_first_miss() -> None:
+    def step(offered: float, p95_ms: float, failed: int = 0) -> Step:
+        values = {each.name: 0.0 for each in fields(Step)}
+        known = {"offered": offered, "p95_ms": p95_ms, "requests": 100, "errors": {"E": failed}}
+        return Step(**values | known)  # type: ignore[arg-type]
+
+    limits = Limits(p95_ms=50, error_rate=0.01)
+    good, slow, failing, lucky = step(1, 50), step(2, 51), step(2, 9, failed=2), step(3, 9)
+    assert limits.knee([good, step(2, 9, failed=1), slow]) == step(2, 9, failed=1)
+    assert limits.knee([good, slow, lucky]) == limits.knee([good, failing]) == good
+    assert limits.knee([slow, lucky]) is None
+    assert not limits.held(step(1, float("nan"), failed=100))

@@ -94,7 +94,7 @@ def export(model: str, precision: str, repository: Path) -> Path:
     """
     with _staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
-        source = _source(model, precision)
+        source = _source(model, precision, folder)
         onnx.save(source.graph, folder / "model.onnx")
         source.tokenizer.save(str(folder / "tokenizer.json"))
         _say("Checking it against FP32 …")
@@ -109,7 +109,7 @@ def export(model: str, precision: str, repository: Path) -> Path:
     return published
 
 
-def _source(model: str, precision: str) -> Source:
+def _source(model: str, precision: str, staging: Path) -> Source:
     if model == "default" and precision == "int8":
         return default_model.int8_source()
     # Only here, so that the default model needs neither torch nor transformers.
@@ -117,7 +117,7 @@ def _source(model: str, precision: str) -> Source:
 
     if model != "default":
         return checkpoint.load(model, precision)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=staging) as folder:
         default_model.write_checkpoint(Path(folder))
         source = checkpoint.load(folder, precision)
     provenance = source.provenance | default_model.PROVENANCE
@@ -222,13 +222,17 @@ def _staging(models: Path) -> Iterator[Path]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     for left_by_a_killed_export in models.glob(".staging-*"):
         shutil.rmtree(left_by_a_killed_export)
-    folder = models / f".staging-{os.getpid()}"
+    folder = _staging_folder(models)
     try:  # From before it is made: a signal may come right after.
         folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _staging_folder(models: Path) -> Path:
+    return models / f".staging-{os.getpid()}"
 
 
 def _publish(staging: Path) -> Path:
@@ -273,18 +277,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
     arguments = parser.parse_args(argv)
-    if not (arguments.model_repository / "cross_encoder").is_dir():
+    models = arguments.model_repository / "cross_encoder"
+    if not models.is_dir():
         parser.error(
             f"no model repository at {arguments.model_repository}: run this in a checkout of "
             "tritonrank, or name the folder with --model-repository"
         )
-    # As an exception, so that what is staged is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def stop(number: int, _: object) -> None:
+        """Not by an exception, which libraries may swallow while they are imported."""
+        shutil.rmtree(_staging_folder(models), ignore_errors=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         export(arguments.model, arguments.precision, arguments.model_repository)
     except (AssetError, ExportRefused, UnsupportedCheckpoint) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0

@@ -127,7 +127,7 @@ class EmbeddedServer:
         """
         stubs = _children(self.pid)
         while self._process.poll() is None:
-            if not stubs <= _children(self.pid):
+            if not all(map(_runs, stubs)):
                 raise ServerError("a process of Triton's Python backend died: start anew")
             time.sleep(0.5)
         return self._process.returncode
@@ -252,15 +252,20 @@ def _is_ready(http_url: str) -> bool:
 
 
 def _children(pid: int) -> set[int]:
-    """Process ids of its children that run; see proc(5)."""
-    running = set()
+    """Process ids of its children; see proc(5)."""
+    found: set[int] = set()
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # A thread, or a child, that just ended.
-            for child in path.read_text().split():
-                state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z":
-                    running.add(int(child))
-    return running
+        with suppress(OSError):  # A thread that just ended.
+            found.update(map(int, path.read_text().split()))
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended, though nobody may have waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _backends(home: Path) -> Path:
