@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
@@ -24,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import psutil
-from tritonrank import RerankClient, RerankError
 from tritonrank_server.serve import EmbeddedServer, ServerError, Settings, die_with_parent
 
 from .bench import commit, hardware
 from .sweep_report import write_report
-from .workloads import WORKLOADS, stream
+from .workloads import WORKLOADS
 
 HERE = Path(__file__).parent
+LOCUST = (sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"))
 STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Offered load of the rising steps, as shares of what clients that wait for answers reach.
 SHARES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1)
@@ -135,8 +134,8 @@ class Target:
 
     def _step(self, name: str, rate: float, user: str, *options: str) -> Step:
         command = [
-            *(sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), user),
-            *("--headless", "--json", "--exit-code-on-error=0", "--host", self.url, *options),
+            *(*LOCUST, user, "--headless", "--json", "--exit-code-on-error=0"),
+            *("--host", self.url, *options),
             *("--workload", self.workload, "--timeout", str(self.timeout)),
             *("--run-time", f"{self.seconds}s", "--stop-timeout", str(round(2 * self.timeout))),
         ]
@@ -227,25 +226,17 @@ def _metrics(url: str) -> Counter[str]:
 @contextmanager
 def bulk_job(url: str) -> Iterator[None]:
     """A client beside the step, that ranks thousands of documents, over and over."""
-    query, documents = next(stream("bulk"))
-    client = RerankClient(url, timeout=3600)
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.is_set():
-            try:
-                client.rank(query, documents)
-            except (RerankError, ValueError):  # Cancelled, or called, as the channel was closed.
-                over.wait(1)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        client.close()
-        thread.join()
+    command = [*LOCUST, "RerankUser", "--headless", "--host", url]
+    with subprocess.Popen(
+        [*command, "--workload=bulk", "--timeout=3600"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    ) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
 
 
 def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -232,7 +233,7 @@ def test_concurrent_clients_get_what_they_would_get_alone(
         requests.append((query, [text[:size] for size in sizes]))
     alone = [client.rank(*request) for request in requests]
     before = statistics(int8_server, "cross_encoder")
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda request: client.rank(*request), requests))
     after = statistics(int8_server, "cross_encoder")
     assert together == alone
@@ -475,6 +476,33 @@ def failures(server: EmbeddedServer, reason: str) -> float:
         for line in lines
         if line.startswith("nv_inference_request_failure{") and f'reason="{reason}"' in line
     )
+
+
+def test_overload_is_answered_or_refused_whole(int8_repository: Path, tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(int8_repository, tmp_path / "repository", symlinks=True))
+    config = repository / "cross_encoder" / "configs" / "cpu.pbtxt"
+    config.write_text(
+        config.read_text().replace("microseconds: 5000000\n", "microseconds: 200000\n")
+    )
+    documents = texts(*["green tea in the morning " * 20] * 16)
+
+    def status(_: int) -> str:
+        try:  # Plain tritonclient does not try again.
+            outputs = infer(server.grpc_url, QUERY=texts("tea"), DOCUMENTS=documents)
+        except InferenceServerException as error:
+            return str(error.status())
+        return f"{len(outputs['LOGITS'])} ranked"
+
+    with start(repository) as server, ThreadPoolExecutor(32) as pool:
+        warm = counters(server)["computed_tokens"]
+        found = [status(0)]
+        one = counters(server)["computed_tokens"] - warm
+        found += pool.map(status, range(64))
+        found.append(status(0))  # Right after it.
+        computed = counters(server)["computed_tokens"] - warm
+    assert set(found) == {"16 ranked", "StatusCode.UNAVAILABLE"}
+    assert found[-1] == "16 ranked"
+    assert computed == found.count("16 ranked") * one  # None of those refused.
 
 
 def test_metrics_of_known_requests(
