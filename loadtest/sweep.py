@@ -17,7 +17,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +261,9 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
     limits = limits or Limits(5 * steps[0].p50_ms, 0.01)
     knee = limits.knee(steps)
     if knee and not given:
-        steps.append(_said(target.offer("overload", OVERLOAD * knee.offered)))
+        # Longer, since at first the clients' retries add to it.
+        longer = replace(target, seconds=2 * target.seconds)
+        steps.append(_said(longer.offer("overload", OVERLOAD * knee.offered)))
         steps.append(_said(target.offer("after overload", CALM * knee.offered)))
         with bulk_job(target.url):
             steps.append(_said(target.offer("beside a bulk job", CALM * knee.offered)))

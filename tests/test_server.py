@@ -482,7 +482,7 @@ def test_overload_is_answered_or_refused_whole(int8_repository: Path, tmp_path: 
     repository = Path(shutil.copytree(int8_repository, tmp_path / "repository", symlinks=True))
     config = repository / "cross_encoder" / "configs" / "cpu.pbtxt"
     config.write_text(
-        config.read_text().replace("microseconds: 5000000\n", "microseconds: 200000\n")
+        config.read_text().replace("microseconds: 3000000\n", "microseconds: 200000\n")
     )
     documents = texts(*["green tea in the morning " * 20] * 16)
 
