@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     timeouts: list[float] = field(default_factory=list)
     levels: list[tuple[int, bool]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    delay: float = 0.0
+    under_way: list[object] = field(default_factory=list)
+    most_under_way: int = 0
 
     def ModelConfig(self, request: object, context: grpc.ServicerContext) -> object:
         response = service_pb2.ModelConfigResponse()
@@ -53,6 +57,10 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     def ModelInfer(self, request: object, context: grpc.ServicerContext) -> object:
         if self.failures:
             context.abort(self.failures.pop(0), "as asked")
+        self.under_way.append(request)
+        self.most_under_way = max(self.most_under_way, len(self.under_way))
+        time.sleep(self.delay)
+        self.under_way.pop()
         inputs = dict(zip((each.name for each in request.inputs), request.raw_input_contents))
         documents = deserialize_bytes_tensor(inputs["DOCUMENTS"])
         self.sizes.append(len(documents))
@@ -338,6 +346,15 @@ def test_a_bulk_call_says_so(count: int, bulk: bool, level: tuple[int, bool]) ->
 
 def test_a_bulk_call_is_in_small_parts() -> None:
     for bulk, sizes in ((True, [27, 27, 26]), (False, [80])):
-        parts, requests = protocol.parts_and_requests("q", ["a"] * 80, None, 1.0, bulk, 1024)
+        parts = protocol.parts(["a"] * 80, bulk, 1024)
         assert [len(texts) for _, texts in parts] == sizes
-        assert [request.inputs[1].shape[0] for request in requests] == sizes
+
+
+def test_few_parts_are_under_way(
+    rank: Rank, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "PARTS_UNDER_WAY", 3)
+    service.delay = 0.05
+    documents = ["x" * i for i in range(10 * LIMIT)]
+    assert [each.document for each in rank("query", documents)] == documents[::-1]
+    assert service.most_under_way == 3

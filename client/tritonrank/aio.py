@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
@@ -59,15 +60,16 @@ class AsyncRerankClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             limit = await self._document_limit(deadline)
-            remaining = deadline - time.monotonic()
-            parts, requests = protocol.parts_and_requests(
-                query, documents, top_k, remaining, bulk, limit
-            )
-            calls = [
-                self._stub.ModelInfer(each, timeout=deadline - time.monotonic())
-                for each in requests
-            ]
+            bulk = bulk or len(documents) > limit
+            parts = protocol.parts(documents, bulk, limit)
+            calls: list[Any] = []
             try:
+                for _, texts in parts:
+                    if len(calls) >= protocol.PARTS_UNDER_WAY:
+                        await calls[-protocol.PARTS_UNDER_WAY]
+                    remaining = deadline - time.monotonic()
+                    message = protocol.request(query, texts, top_k, remaining, bulk)
+                    calls.append(self._stub.ModelInfer(message, timeout=remaining))
                 responses = await asyncio.gather(*calls)
             finally:  # Does nothing to a call that is done.
                 for call in calls:

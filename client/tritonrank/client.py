@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
@@ -76,15 +77,16 @@ class RerankClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         try:
             limit = self._document_limit(deadline)
-            remaining = deadline - time.monotonic()
-            parts, requests = protocol.parts_and_requests(
-                query, documents, top_k, remaining, bulk, limit
-            )
-            calls = [
-                self._stub.ModelInfer.future(each, timeout=deadline - time.monotonic())
-                for each in requests
-            ]
+            bulk = bulk or len(documents) > limit
+            parts = protocol.parts(documents, bulk, limit)
+            calls: list[Any] = []
             try:
+                for _, texts in parts:
+                    if len(calls) >= protocol.PARTS_UNDER_WAY:
+                        calls[-protocol.PARTS_UNDER_WAY].result()
+                    remaining = deadline - time.monotonic()
+                    message = protocol.request(query, texts, top_k, remaining, bulk)
+                    calls.append(self._stub.ModelInfer.future(message, timeout=remaining))
                 responses = [call.result() for call in calls]
             finally:  # Does nothing to a call that is done.
                 for call in calls:

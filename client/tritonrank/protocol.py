@@ -15,6 +15,9 @@ LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
 #: The most documents of a part of a bulk call: what an execution of the CPU scorer has, so that few
 #: other requests are answered together with it. The others wait for the one that runs, at most.
 BULK_DOCUMENTS = 32
+#: The most parts of a call under way: enough for an execution while the next one waits, and few
+#: enough for a call that is given up, of which the server computes what it has.
+PARTS_UNDER_WAY = 16
 #: The server's level for what goes after everything else; 1 is the default.
 BULK_PRIORITY = 2
 
@@ -56,18 +59,9 @@ def check(documents: Sequence[str], top_k: int | None) -> None:
 Part = tuple[int, Sequence[str]]
 
 
-def parts_and_requests(
-    query: str,
-    documents: Sequence[str],
-    top_k: int | None,
-    timeout: float,
-    bulk: bool,
-    limit: int,
-) -> tuple[list[Part], list[service_pb2.ModelInferRequest]]:
-    """The parts of a call, and the request of each. A call beyond the limit is a bulk call."""
-    bulk = bulk or len(documents) > limit
-    parts = split(documents, min(limit, BULK_DOCUMENTS) if bulk else limit)
-    return parts, [request(query, texts, top_k, timeout, bulk) for _, texts in parts]
+def parts(documents: Sequence[str], bulk: bool, limit: int) -> list[Part]:
+    """The parts of a call: for a bulk call small ones."""
+    return split(documents, min(limit, BULK_DOCUMENTS) if bulk else limit)
 
 
 def split(documents: Sequence[str], limit: int) -> list[Part]:
