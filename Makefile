@@ -28,7 +28,7 @@ bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, a
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
 	$(BIN)/python -m loadtest.report
 
-loadtest: $(VENV)/.all | published ## Find the knee of a server, its own or URL=…: build/load/load.html
+loadtest: $(VENV)/.all | $(if $(URL),,published) ## Find the knee of a server, its own or URL=…: build/load/load.html
 	$(BIN)/python -m loadtest.sweep $(if $(URL),--url $(URL)) $(ARGS)
 
 locust: $(VENV)/.all ## Locust's page, for load tests of the server that runs

@@ -112,12 +112,15 @@ class ArrivalUser(RerankUser):
         super().on_start()
         self.random = random.Random(self.seed)
         self.under_way = gevent.pool.Group()
-        self.due = time.perf_counter() + self.random.expovariate(self.options.rate)
+        self.due = time.perf_counter()
 
     def next_request(self) -> None:
-        gevent.sleep(max(0, self.due - time.perf_counter()))
         self.under_way.spawn(self.send, next(self.requests), self.due)
         self.due += self.random.expovariate(self.options.rate)
+
+    def wait_time(self) -> float:
+        """Until the next one is due."""
+        return max(0.0, self.due - time.perf_counter())
 
     def on_stop(self) -> None:
         self.under_way.join()
@@ -153,14 +156,17 @@ class Throughput:
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.counts: Counter[str] = Counter()
-        self.started = time.time()
+        self.started = self.stopped = self.last = time.time()
         self.tokenizer = Tokenizer.from_file(str(TOKENIZER)) if TOKENIZER.exists() else None
-        for name in ("request", "test_start", "report_to_master", "worker_report", "quitting"):
+        for name in ("request", "test_start", "test_stopping", "quitting"):
+            getattr(environment.events, name).add_listener(getattr(self, name))
+        for name in ("report_to_master", "worker_report"):
             getattr(environment.events, name).add_listener(getattr(self, name))
         if environment.web_ui:
             self._extend(environment.web_ui)
 
     def request(self, exception: Exception | None, context: dict[str, Any], **_: Any) -> None:
+        self.last = time.time()
         if exception is None:
             documents = context["documents"]
             self.counts["documents"] += len(documents)
@@ -170,7 +176,10 @@ class Throughput:
 
     def test_start(self, **_: Any) -> None:
         self.counts.clear()
-        self.started = time.time()
+        self.started = self.stopped = self.last = time.time()
+
+    def test_stopping(self, **_: Any) -> None:
+        self.stopped = time.time()
 
     def report_to_master(self, data: dict[str, Any], **_: Any) -> None:
         data["throughput"] = dict(self.counts)
@@ -189,6 +198,8 @@ class Throughput:
 
     def quitting(self, **_: Any) -> None:
         if not isinstance(self.environment.runner, WorkerRunner):
+            sent, answered = self.stopped - self.started, self.last - self.started
+            print(f"sent for {sent:.3f} s, answered within {answered:.3f} s", file=sys.stderr)
             for row in self.rows():
                 print(f"{row['name']}: {row['total']}, {row['rate']} a second", file=sys.stderr)
 

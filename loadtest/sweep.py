@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from tritonrank_server.serve import EmbeddedServer, ServerError, Settings, die_w
 
 from .bench import commit, hardware
 from .sweep_report import write_report
-from .workloads import WORKLOADS
+from .workloads import WORKLOADS, stream
 
 HERE = Path(__file__).parent
 LOCUST = (sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"))
@@ -35,8 +36,12 @@ STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Offered load of the rising steps, as shares of what clients that wait for answers reach.
 SHARES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1)
 OVERLOAD = 3
-#: Of what the knee's rate is, for the steps that look for what else disturbs.
+#: Of the knee's rate, for the steps that look for what else disturbs.
 CALM = 0.5
+#: The largest share of failures, unless another is asked for.
+ERROR_RATE = 0.01
+#: The metrics are asked for directly, whatever proxy the environment names.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -45,26 +50,28 @@ class Step:
 
     Attributes:
         name: what it is for: ``rising``, ``overload``, ``after overload``, ``beside a bulk job``.
+        rate: requests a second, on average, that were to come.
         offered, answered: requests a second, as they came and as they were answered.
         requests: how many came.
         errors: how many of them failed, by the error's type.
         p50_ms, p95_ms, p99_ms: response times of those answered, from when each was due; to two
-            digits, as Locust keeps them.
+            digits, as Locust keeps them. None where none was.
         slowest_error_ms: the longest that a failure took.
         queue_ms, compute_ms: of a request that a stage answered, on average, by stage.
         requests_per_execution, documents_per_execution: of the cross-encoder.
-        documents, tokens: a second, through the tokenizer, whatever sent them.
+        documents, tokens: ranked a second, whatever sent them, Locust's start and end included.
         memory_mb: of the embedded server's processes at the step's end, and of what they share.
     """
 
     name: str
+    rate: float
     offered: float
     answered: float
     requests: int
     errors: dict[str, int]
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
     slowest_error_ms: float
     queue_ms: dict[str, float]
     compute_ms: dict[str, float]
@@ -85,17 +92,18 @@ class Limits:
     """What a rate must hold to count as carried.
 
     Attributes:
-        p95_ms: the most that 95 of 100 answers may take.
+        p95_ms: the most that 95 of 100 answers may take; None for no limit.
         error_rate: the largest share of failures.
     """
 
-    p95_ms: float
+    p95_ms: float | None
     error_rate: float
 
     def held(self, step: Step) -> bool:
-        """Whether the step stayed within them; one without requests says nothing."""
-        within = step.p95_ms <= self.p95_ms and step.error_rate <= self.error_rate
-        return step.requests > 0 and within
+        """Whether the step stayed within them; one without answers did not."""
+        if step.p95_ms is None or step.error_rate > self.error_rate:
+            return False
+        return self.p95_ms is None or step.p95_ms <= self.p95_ms
 
     def knee(self, steps: Sequence[Step]) -> Step | None:
         """The last of the rising steps before one that did not hold them."""
@@ -121,7 +129,7 @@ class Target:
     metrics_url: str
     pid: int | None
     workload: str
-    seconds: int
+    seconds: float
     timeout: float
 
     def offer(self, name: str, rate: float) -> Step:
@@ -137,17 +145,19 @@ class Target:
             *(*LOCUST, user, "--headless", "--json", "--exit-code-on-error=0"),
             *("--host", self.url, *options),
             *("--workload", self.workload, "--timeout", str(self.timeout)),
-            *("--run-time", f"{self.seconds}s", "--stop-timeout", str(round(2 * self.timeout))),
+            *("--run-time", f"{math.ceil(self.seconds)}s"),
+            *("--stop-timeout", str(math.ceil(self.timeout) + 5)),  # All that is under way.
         ]
-        before = _metrics(self.metrics_url)
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, preexec_fn=die_with_parent)
-        if done.returncode:
-            raise SystemExit(f"Locust failed: {done.stderr.decode()}")
-        elapsed = time.monotonic() - started
-        after = _metrics(self.metrics_url)
-        moved = Counter({key: after[key] - before[key] for key in after})
-        return _step(name, rate, json.loads(done.stdout), moved, elapsed, self._memory())
+        started, before = time.monotonic(), metrics(self.metrics_url)
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
+        after, elapsed = metrics(self.metrics_url), time.monotonic() - started
+        times = re.search(r"^sent for (\S+) s, answered within (\S+) s$", done.stderr, re.M)
+        rows = json.loads(done.stdout) if times else []
+        if not rows:
+            raise SystemExit(f"Locust sent nothing:\n{done.stderr}")
+        moved = Counter({key: (after[key] - before[key]) for key in after})
+        sent, until = map(float, times.groups())  # type: ignore[union-attr]
+        return _step(name, rate, rows, (sent, max(sent, until)), moved, elapsed, self._memory())
 
     def _memory(self) -> dict[str, float]:
         if self.pid is None:
@@ -164,62 +174,72 @@ def _step(
     name: str,
     rate: float,
     rows: list[dict[str, Any]],
-    metrics: Counter[str],
+    seconds: tuple[float, float],
+    moved: Counter[str],
     elapsed: float,
     memory: dict[str, float],
 ) -> Step:
-    """From Locust's rows, of answers and of each kind of failure, and how far metrics moved."""
+    """From Locust's rows, of answers and of each kind of failure, and how far metrics moved.
+
+    Requests came for ``seconds[0]``, and were answered within ``seconds[1]``; the metrics moved in
+    ``elapsed`` seconds.
+    """
     good = next((row for row in rows if not row["num_failures"]), None)
     bad = [row for row in rows if row is not good]
     errors = {row["name"].rpartition(": ")[2]: row["num_failures"] for row in bad}
     answered = good["num_requests"] if good else 0
     requests = answered + sum(errors.values())
-    # Until the last answer, or for as long as so many requests take to come.
-    lasted = max(
-        good["last_request_timestamp"] - good["start_time"] if good else 0, requests / rate
-    )
+    counts = good["response_times"] if good else {}
+    times = np.repeat([float(ms) for ms in counts], list(counts.values()))
 
-    times = (
-        sorted((float(ms), count) for ms, count in good["response_times"].items()) if good else []
-    )
-    every = np.repeat(*np.transpose(times).astype(int)) if times else np.array([np.nan])
+    def quantile(share: float) -> float | None:
+        return float(np.quantile(times, share, method="inverted_cdf")) if good else None
 
     def mean_ms(part: str) -> dict[str, float]:
         return {
-            stage: metrics[f"nv_inference_{part}_duration_us {stage}"]
-            / max(1, metrics[f"nv_inference_request_success {stage}"])
+            stage: moved[f"nv_inference_{part}_duration_us {stage}"]
+            / max(1, moved[f"nv_inference_request_success {stage}"])
             / 1000
             for stage in STAGES
         }
 
-    executions = max(1, metrics["nv_inference_exec_count cross_encoder"])
+    executions = max(1, moved["nv_inference_exec_count cross_encoder"])
+    documents = moved["nv_inference_count cross_encoder"]
+    encoded = max(1, moved["tritonrank_documents_total"])
+    tokens_of_a_document = moved["tritonrank_tokens_total"] / encoded
     return Step(
         name=name,
-        offered=rate,
-        answered=answered / lasted if answered else 0.0,
+        rate=rate,
+        offered=requests / seconds[0],
+        answered=answered / seconds[1],
         requests=requests,
         errors=errors,
-        p50_ms=float(np.quantile(every, 0.5, method="inverted_cdf")),
-        p95_ms=float(np.quantile(every, 0.95, method="inverted_cdf")),
-        p99_ms=float(np.quantile(every, 0.99, method="inverted_cdf")),
+        p50_ms=quantile(0.5),
+        p95_ms=quantile(0.95),
+        p99_ms=quantile(0.99),
         slowest_error_ms=max((row["max_response_time"] for row in bad), default=0.0),
         queue_ms=mean_ms("queue"),
         compute_ms=mean_ms("compute_infer"),
-        requests_per_execution=metrics["nv_inference_request_success cross_encoder"] / executions,
-        documents_per_execution=metrics["nv_inference_count cross_encoder"] / executions,
-        documents=metrics["tritonrank_documents_total"] / elapsed,
-        tokens=metrics["tritonrank_tokens_total"] / elapsed,
+        requests_per_execution=moved["nv_inference_request_success cross_encoder"] / executions,
+        documents_per_execution=documents / executions,
+        documents=documents / elapsed,
+        tokens=documents * tokens_of_a_document / elapsed,
         memory_mb=memory,
     )
 
 
-def _metrics(url: str) -> Counter[str]:
-    """Triton's counters, by name and model."""
-    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as response:
+def metrics(url: str) -> Counter[str]:
+    """Triton's counters, ``NAME MODEL``, over all GPUs and versions; our own, ``NAME``.
+
+    Args:
+        url: ``HOST:PORT`` of the metrics, for which no proxy is asked.
+    """
+    with _DIRECT.open(f"http://{url}/metrics", timeout=10) as response:
         text = response.read().decode()
     found: Counter[str] = Counter()
-    for name, model, value in re.findall(r'^(\w+)(?:{(?:model="(\w+)")?.*?})? (\S+)$', text, re.M):
-        found[f"{name} {model}".strip()] += float(value)  # type: ignore[assignment]
+    for name, labels, value in re.findall(r"^(\w+)(?:{(.*)})? (\S+)$", text, re.M):
+        model = re.search(r'\bmodel="(\w+)"', labels)
+        found[f"{name} {model[1]}" if model else name] += float(value)  # type: ignore[assignment]
     return found
 
 
@@ -235,6 +255,8 @@ def bulk_job(url: str) -> Iterator[None]:
     ) as process:
         try:
             yield
+            if process.poll() is not None:
+                raise SystemExit("The bulk job ended before its time")
         finally:
             process.terminate()
 
@@ -254,19 +276,20 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
         _say(f"How much {target.url} can do: 4 clients for {target.seconds} s …")
         capacity = target.capacity()
         if not capacity:
-            raise SystemExit("No request was answered: is the model loaded? Try a longer --timeout")
+            raise SystemExit("No request was answered in time: try a longer --timeout")
     steps = []
     for rate in given or [share * capacity for share in SHARES]:  # type: ignore[operator]
         steps.append(_said(target.offer("rising", rate)))
-    limits = limits or Limits(5 * steps[0].p50_ms, 0.01)
+    p50_ms = steps[0].p50_ms
+    limits = limits or Limits(p50_ms and 5 * p50_ms, ERROR_RATE)
     knee = limits.knee(steps)
     if knee and not given:
-        # Longer, since at first the clients' retries add to it.
+        # Longer: at first clients' retries add to an overload, and half the rate is few requests.
         longer = replace(target, seconds=2 * target.seconds)
-        steps.append(_said(longer.offer("overload", OVERLOAD * knee.offered)))
-        steps.append(_said(target.offer("after overload", CALM * knee.offered)))
+        steps.append(_said(longer.offer("overload", OVERLOAD * knee.rate)))
+        steps.append(_said(longer.offer("after overload", CALM * knee.rate)))
         with bulk_job(target.url):
-            steps.append(_said(target.offer("beside a bulk job", CALM * knee.offered)))
+            steps.append(_said(longer.offer("beside a bulk job", CALM * knee.rate)))
     return {
         "workload": target.workload,
         "seconds": target.seconds,
@@ -282,8 +305,8 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
 def _said(step: Step) -> Step:
     errors = ", ".join(f"{count} {name}" for name, count in step.errors.items()) or "no failures"
     _say(
-        f"{step.name}: {step.offered:.2f} requests/s offered, {step.answered:.2f} answered, "
-        f"p95 {step.p95_ms:.0f} ms, {errors}"
+        f"{step.name}, {step.rate:.2f} requests/s: {step.offered:.2f} came, "
+        f"{step.answered:.2f} answered, p95 {step.p95_ms or 0:.0f} ms, {errors}"
     )
     return step
 
@@ -306,6 +329,13 @@ def target_of(arguments: argparse.Namespace) -> Iterator[Target]:
         yield Target(server.grpc_url, server.metrics_url, server.pid, *load)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def main() -> int:
     """Load-tests a server: writes ``load.json``, ``load.html`` and plots into a folder.
 
@@ -317,16 +347,25 @@ def main() -> int:
     parser.add_argument("--metrics-url", help="HOST:PORT of its metrics; default, port 8002")
     names = ", ".join(WORKLOADS)
     parser.add_argument("--workload", default="search", help=f"{names}, or a JSONL file")
-    parser.add_argument("--rates", type=float, nargs="+", help="requests a second, rising")
-    parser.add_argument("--seconds", type=int, default=30, help="of each rate")
-    parser.add_argument("--timeout", type=float, default=10, help="seconds of a request")
+    parser.add_argument("--rates", type=_positive, nargs="+", help="requests a second, rising")
+    parser.add_argument("--seconds", type=_positive, default=30, help="of each rate")
+    parser.add_argument("--timeout", type=_positive, default=10, help="seconds of a request")
     parser.add_argument("--p95-ms", type=float, help="the most that 95 %% of the answers may take")
-    parser.add_argument("--max-error-rate", type=float, help="the largest share of failures")
+    parser.add_argument(
+        "--max-error-rate",
+        type=float,
+        help=f"the largest share of failures; {ERROR_RATE} if only --p95-ms is given",
+    )
     parser.add_argument("--output", type=Path, default=Path("build/load"), help="a folder")
     arguments = parser.parse_args()
+    try:
+        next(stream(arguments.workload))
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        parser.error(f"--workload {arguments.workload}: {type(error).__name__}: {error}")
     limits = None
     if arguments.p95_ms is not None or arguments.max_error_rate is not None:
-        limits = Limits(arguments.p95_ms or float("inf"), arguments.max_error_rate or 0.0)
+        share = arguments.max_error_rate
+        limits = Limits(arguments.p95_ms, ERROR_RATE if share is None else share)
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         with target_of(arguments) as target:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank_server.serve import EmbeddedServer
 
+from loadtest import sweep
 from loadtest.sweep import Limits, Step
 from loadtest.workloads import WORKLOADS, stream
 
@@ -134,9 +136,10 @@ def test_a_sweep_reports_and_judges(int8_server: EmbeddedServer, tmp_path: Path)
     assert held.returncode == 0
     result = json.loads((tmp_path / "load.json").read_text())
     assert result["knee"] == 1
-    assert [step["offered"] for step in result["steps"]] == [3, 6]
+    assert [step["rate"] for step in result["steps"]] == [3, 6]
     for step in result["steps"]:
-        assert 0.3 < step["requests"] / (4 * step["offered"]) < 1.7
+        assert 0.3 < step["offered"] / step["rate"] < 1.7
+        assert 0 < step["answered"] <= step["offered"]
         assert step["errors"] == {}
         assert 0 < step["p50_ms"] <= step["p95_ms"] <= step["p99_ms"]
         assert step["requests_per_execution"] >= 1
@@ -148,15 +151,16 @@ def test_a_sweep_reports_and_judges(int8_server: EmbeddedServer, tmp_path: Path)
     assert page.count("data:image/png;base64,") == 2
     for plot in ("load.png", "bars.png"):
         assert (tmp_path / plot).stat().st_size > 1000
+    load[2:4] = ["--seconds=1"]
     missed = subprocess.run([*command, *load, "--p95-ms=0.1"], cwd=LOADTEST.parent, timeout=300)
     assert missed.returncode == 1
     assert json.loads((tmp_path / "load.json").read_text())["knee"] is None
 
 
 def test_the_knee_is_before_the_first_miss() -> None:
-    def step(offered: float, p95_ms: float, failed: int = 0) -> Step:
+    def step(rate: float, p95_ms: float, failed: int = 0) -> Step:
         values = {each.name: 0.0 for each in fields(Step)}
-        known = {"offered": offered, "p95_ms": p95_ms, "requests": 100, "errors": {"E": failed}}
+        known = {"rate": rate, "p95_ms": p95_ms, "requests": 100, "errors": {"E": failed}}
         return Step(**values | known)  # type: ignore[arg-type]
 
     limits = Limits(p95_ms=50, error_rate=0.01)
@@ -164,4 +168,36 @@ def test_the_knee_is_before_the_first_miss() -> None:
     assert limits.knee([good, step(2, 9, failed=1), slow]) == step(2, 9, failed=1)
     assert limits.knee([good, slow, lucky]) == limits.knee([good, failing]) == good
     assert limits.knee([slow, lucky]) is None
-    assert not limits.held(step(1, float("nan"), failed=100))
+    assert not limits.held(replace(good, p95_ms=None))
+    assert Limits(None, 0.5).held(slow)
+
+
+def test_metrics_of_gpus_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"""# TYPE nv_inference_count counter
+nv_inference_count{gpu_uuid="GPU-1",model="cross_encoder",version="1"} 2
+nv_inference_count{model="cross_encoder",version="1"} 3
+nv_inference_count{model="sorter",version="1"} 4
+nv_gpu_utilization{gpu_uuid="GPU-1"} 0.5
+tritonrank_tokens_total 5
+"""
+    monkeypatch.setattr(sweep._DIRECT, "open", lambda *_, **__: BytesIO(text))
+    found = sweep.metrics("nowhere")
+    assert found["nv_inference_count cross_encoder"] == 5
+    assert found["nv_inference_count sorter"] == 4
+    assert found["tritonrank_tokens_total"] == 5
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--rates=0", "above 0"),
+        ("--rates=-1", "above 0"),
+        ("--seconds=0", "above 0"),
+        ("--workload=serach", "--workload serach: FileNotFoundError"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(option: str, message: str) -> None:
+    command = [sys.executable, "-m", "loadtest.sweep", option]
+    done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -289,11 +289,13 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(_staging_folder(models), ignore_errors=True)
         os._exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         export(arguments.model, arguments.precision, arguments.model_repository)
     except (AssetError, ExportRefused, UnsupportedCheckpoint) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
