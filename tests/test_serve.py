@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 import tritonclient.grpc as triton
 from conftest import new_repository, pipeline, start
 from tritonclient.utils import InferenceServerException
-from tritonrank import RerankClient
+from tritonrank import RerankClient, RerankError
 from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
 
 TRITONRANK = [sys.executable, "-m", "tritonrank"]
@@ -80,6 +81,28 @@ def test_however_it_ends_nothing_is_left(int8_repository: Path, how: signal.Sign
         await_end({process.pid, *family})
         assert process.wait() == (-how if how == signal.SIGKILL else 0)
     assert not shared_memory(process.pid)
+
+
+def test_a_stop_does_not_wait_for_what_is_computed(int8_repository: Path) -> None:
+    server = start(int8_repository)
+    with server as running, RerankClient(running.grpc_url, timeout=600) as client:
+        stubs = descendants(running.pid)
+        work = threading.Thread(
+            target=_ignoring_errors, args=(client.rank, "a", ["b " * 600] * 1000)
+        )
+        work.start()
+        time.sleep(3)  # It takes minutes.
+        stop = threading.Thread(target=server.__exit__, args=(None, None, None))
+        stop.start()
+        stop.join(60)
+        assert not stop.is_alive()
+        await_end(stubs)
+        work.join()
+
+
+def _ignoring_errors(function: Callable[..., object], *arguments: object) -> None:
+    with suppress(RerankError):
+        function(*arguments)
 
 
 def test_log_is_readable(int8_repository: Path) -> None:
