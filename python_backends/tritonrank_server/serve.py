@@ -162,7 +162,11 @@ class EmbeddedServer:
 
     def _await_readiness(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
-        while not _is_ready(self.http_url):
+        # The metrics' service starts last.
+        while not (
+            _answers(f"http://{self.http_url}/v2/health/ready")
+            and _answers(f"http://{self.metrics_url}/metrics")
+        ):
             if self._process.poll() is not None:
                 raise ServerError(
                     f"tritonserver stopped at start (exit {self._process.returncode}): see its log"
@@ -244,9 +248,9 @@ def _check_repository(repository: Path, home: Path) -> None:
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _is_ready(http_url: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        with _DIRECT.open(f"http://{http_url}/v2/health/ready", timeout=1) as response:
+        with _DIRECT.open(url, timeout=1) as response:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False
