@@ -187,13 +187,11 @@ def load_tests() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*/load.json")):
         result = json.loads(path.read_text())
-        parts += [
-            f"`--workload {result['workload']}`. {facts(result)}",
-            summary(result),
-            f"![Latency and throughput]({path.parent.relative_to(README.parent)}/load.png)",
-            _table(*rates(result)),
-            _table(*stages(result)),
-        ]
+        parts.append(f"**{path.parent.name}**, `--workload {result['workload']}`. {facts(result)}")
+        if result["closed_loop"]:  # Else the rates are those of a soak, and nothing to plot.
+            folder = path.parent.relative_to(README.parent)
+            parts += [summary(result), f"![Latency and throughput]({folder}/load.png)"]
+        parts += [_table(*rates(result)), _table(*stages(result))]
     return "\n\n".join(parts)
 
 

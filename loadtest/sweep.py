@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,13 @@ from typing import Any
 
 import numpy as np
 import psutil
-from tritonrank_server.serve import EmbeddedServer, ServerError, Settings, die_with_parent
+from tritonrank_server.serve import (
+    DIRECT,
+    EmbeddedServer,
+    ServerError,
+    Settings,
+    die_with_parent,
+)
 
 from .bench import commit, hardware
 from .sweep_report import write_report
@@ -40,8 +45,6 @@ OVERLOAD = 3
 CALM = 0.5
 #: The largest share of failures, unless another is asked for.
 ERROR_RATE = 0.01
-#: The metrics are asked for directly, whatever proxy the environment names.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def metrics(url: str) -> Counter[str]:
     Args:
         url: ``HOST:PORT`` of the metrics, for which no proxy is asked.
     """
-    with _DIRECT.open(f"http://{url}/metrics", timeout=10) as response:
+    with DIRECT.open(f"http://{url}/metrics", timeout=10) as response:
         text = response.read().decode()
     found: Counter[str] = Counter()
     for name, labels, value in re.findall(r"^(\w+)(?:{(.*)})? (\S+)$", text, re.M):
@@ -266,7 +269,7 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
 
     Args:
         target: the server.
-        given: requests a second, rising; default, shares of the server's capacity. With it,
+        given: requests a second; default, shares of the server's capacity. With it,
             nothing follows.
         limits: what a rate must hold; default, all but 1 % answered, and 95 % of them within five
             times the median at the lowest rate.
@@ -278,7 +281,7 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
         if not capacity:
             raise SystemExit("No request was answered in time: try a longer --timeout")
     steps = []
-    for rate in given or [share * capacity for share in SHARES]:  # type: ignore[operator]
+    for rate in sorted(given or [share * capacity for share in SHARES]):  # type: ignore[operator]
         steps.append(_said(target.offer("rising", rate)))
     p50_ms = steps[0].p50_ms
     limits = limits or Limits(p50_ms and 5 * p50_ms, ERROR_RATE)
@@ -294,7 +297,7 @@ def sweep(target: Target, given: Sequence[float] | None, limits: Limits | None) 
         "workload": target.workload,
         "seconds": target.seconds,
         "timeout": target.timeout,
-        "closed_loop": capacity,
+        "closed_loop": capacity,  # None: the rates were given, and nothing came after them.
         "limits": asdict(limits),
         "held": [limits.held(step) for step in steps],
         "knee": steps.index(knee) if knee else None,
@@ -347,7 +350,7 @@ def main() -> int:
     parser.add_argument("--metrics-url", help="HOST:PORT of its metrics; default, port 8002")
     names = ", ".join(WORKLOADS)
     parser.add_argument("--workload", default="search", help=f"{names}, or a JSONL file")
-    parser.add_argument("--rates", type=_positive, nargs="+", help="requests a second, rising")
+    parser.add_argument("--rates", type=_positive, nargs="+", help="requests a second")
     parser.add_argument("--seconds", type=_positive, default=30, help="of each rate")
     parser.add_argument("--timeout", type=_positive, default=10, help="seconds of a request")
     parser.add_argument("--p95-ms", type=float, help="the most that 95 %% of the answers may take")

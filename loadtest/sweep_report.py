@@ -60,10 +60,11 @@ def facts(result: dict[str, Any]) -> str:
     """The machine, and what was run."""
     machine = result["hardware"]
     where = f"Server: {result['server']}. Load generator: {machine['cores']} cores"
+    longer = ", twice that after the knee" if result["closed_loop"] else ""
     return (
         f"{where} of {machine['cpu']} ({', '.join(machine['instructions'])}), commit "
-        f"{result['commit']}; {result['seconds']:g} s of each rate, twice that after the knee; "
-        f"Poisson arrivals, the client's timeout {result['timeout']:g} s."
+        f"{result['commit']}; {result['seconds']:g} s of each rate{longer}; Poisson arrivals, the "
+        f"client's timeout {result['timeout']:g} s."
     )
 
 

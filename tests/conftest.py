@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tritonrank_server.cross_encoder import CrossEncoder
 from tritonrank_server.export import export
 from tritonrank_server.pipeline import Pipeline
@@ -45,17 +46,29 @@ def sample() -> list[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="session")
-def int8_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = new_repository(tmp_path_factory.mktemp("int8") / "repository")
-    export("default", "int8", repository)
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of this run, for all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+def exported(shared: Path, precision: str) -> Path:
+    """The default model's repository, by whichever process asks first. Only to be read."""
+    repository = shared / precision / "repository"
+    with FileLock(shared / f"{precision}.lock"):
+        if not repository.exists():
+            export("default", precision, new_repository(repository))
     return repository
 
 
 @pytest.fixture(scope="session")
-def fp32_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = new_repository(tmp_path_factory.mktemp("fp32") / "repository")
-    export("default", "fp32", repository)
-    return repository
+def int8_repository(shared: Path) -> Path:
+    return exported(shared, "int8")
+
+
+@pytest.fixture(scope="session")
+def fp32_repository(shared: Path) -> Path:
+    return exported(shared, "fp32")
 
 
 @pytest.fixture(scope="session")

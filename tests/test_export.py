@@ -395,7 +395,9 @@ def test_the_one_before_is_kept_and_older_ones_go(
     published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = default_model.int8_source()
+    same = module.Difference(0.0, 0.0, 1.0, 1.0, 0.0)
     monkeypatch.setattr(module, "_source", lambda name, *_: replace(source, name=name))
+    monkeypatch.setattr(module, "_compare", lambda *_: same)
     monkeypatch.chdir(published.parent)  # As the command runs: the repository's path is relative.
     relative = Path(published.name)
     folders = [(relative / "cross_encoder" / "current").resolve()]

@@ -180,7 +180,7 @@ nv_inference_count{model="sorter",version="1"} 4
 nv_gpu_utilization{gpu_uuid="GPU-1"} 0.5
 tritonrank_tokens_total 5
 """
-    monkeypatch.setattr(sweep._DIRECT, "open", lambda *_, **__: BytesIO(text))
+    monkeypatch.setattr(sweep.DIRECT, "open", lambda *_, **__: BytesIO(text))
     found = sweep.metrics("nowhere")
     assert found["nv_inference_count cross_encoder"] == 5
     assert found["nv_inference_count sorter"] == 4

@@ -21,6 +21,7 @@ import tritonclient.grpc as triton
 from conftest import new_repository, pipeline, start
 from tritonclient.utils import InferenceServerException
 from tritonrank import RerankClient, RerankError
+from tritonrank_server import serve
 from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
 
 TRITONRANK = [sys.executable, "-m", "tritonrank"]
@@ -83,7 +84,10 @@ def test_however_it_ends_nothing_is_left(int8_repository: Path, how: signal.Sign
     assert not shared_memory(process.pid)
 
 
-def test_a_stop_does_not_wait_for_what_is_computed(int8_repository: Path) -> None:
+def test_a_stop_does_not_wait_for_what_is_computed(
+    int8_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "STOP_TIMEOUT", 2)
     server = start(int8_repository)
     with server as running, RerankClient(running.grpc_url, timeout=600) as client:
         stubs = descendants(running.pid)

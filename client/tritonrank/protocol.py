@@ -60,18 +60,14 @@ Part = tuple[int, Sequence[str]]
 
 
 def parts(documents: Sequence[str], bulk: bool, limit: int) -> list[Part]:
-    """The parts of a call: for a bulk call small ones."""
-    return split(documents, min(limit, BULK_DOCUMENTS) if bulk else limit)
-
-
-def split(documents: Sequence[str], limit: int) -> list[Part]:
-    """Parts of even size within the limit.
+    """The parts of a call, of even size: within the server's limit, for a bulk call small ones.
 
     No document gives one empty part: it is for the server to refuse it.
     """
-    parts = max(1, -(-len(documents) // limit))
-    size, longer = divmod(len(documents), parts)
-    ends = accumulate([size + (i < longer) for i in range(parts)], initial=0)
+    most = min(limit, BULK_DOCUMENTS) if bulk else limit
+    count = max(1, -(-len(documents) // most))
+    size, longer = divmod(len(documents), count)
+    ends = accumulate([size + (i < longer) for i in range(count)], initial=0)
     return [(start, documents[start:end]) for start, end in pairwise(ends)]
 
 

@@ -245,12 +245,12 @@ def _check_repository(repository: Path, home: Path) -> None:
 
 
 #: Past any proxy that the environment names.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _answers(url: str) -> bool:
     try:
-        with _DIRECT.open(url, timeout=1) as response:
+        with DIRECT.open(url, timeout=1) as response:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False
