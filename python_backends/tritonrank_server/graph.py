@@ -8,6 +8,10 @@ Every exported graph has the same inputs and outputs, whatever the checkpoint:
 ``input_ids`` are the rows of all documents, flattened, with -1 where a row is short. The prefix
 drops the -1 and finds each document by ``lengths``; all that depends on the data is in it, so that
 a body has plain inputs only. The suffix computes the scores, in FP32.
+
+Triton lets anybody call an ensemble's steps themselves. Where ``lengths`` do not add up to the
+tokens, one request of a batch would have its neighbours read a wrong text, and huge ones would take
+gigabytes. Then all are taken as 1, and the execution fails or every logit is NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +35,14 @@ _COMMON = """
     is_real = GreaterOrEqual (input_ids, no_token)
     real_ids = Compress <axis = 0> (input_ids, is_real)
     packed_ids = Cast <to = 7> (real_ids)
-    size = Cast <to = 7> (lengths)
+    told_size = Cast <to = 7> (lengths)
+    tokens = Size (packed_ids)
+    told_tokens = ReduceSum <keepdims = 0> (told_size)
+    add_up = Equal (told_tokens, tokens)
+    shortest = ReduceMin <keepdims = 0> (told_size)
+    none_is_empty = GreaterOrEqual (shortest, one)
+    is_true = And (add_up, none_is_empty)
+    size = Where (is_true, told_size, one)
     query_size = Cast <to = 7> (query_lengths)
     longest = ReduceMax <keepdims = 0> (size)
     place = Range (zero, longest, one)
@@ -47,7 +58,7 @@ _COMMON = """
 
 _PADDED = f"""
 ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
-    => (int64[n, l] padded_ids, int64[n, l] padded_mask, int64[n, l] padded_types)
+    => (int64[n, l] padded_ids, int64[n, l] padded_mask, int64[n, l] padded_types, bool is_true)
 {{{_COMMON}
     gathered = Gather <axis = 0> (packed_ids, slots)
     padded_ids = Where (mask, gathered, zero)
@@ -58,7 +69,7 @@ ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
 _PACKED = f"""
 ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
     => (int64[t] packed_ids, int64[t] packed_types, int64[t] packed_positions, int64[n, l] slots,
-        bool[n, l] mask, int32[n] row_lengths, int64[t] unslots, int64[n] first)
+        bool[n, l] mask, int32[n] row_lengths, int64[t] unslots, int64[n] first, bool is_true)
 {{{_COMMON}
     flat = Constant <value = int64[1] {{-1}}> ()
     flat_mask = Reshape (mask, flat)
@@ -69,14 +80,18 @@ ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
     packed_types = Gather (flat_types, unslots)
     packed_positions = Mod (unslots, longest)
     first = Reshape (start, flat)
-    row_lengths = Reshape (lengths, flat)
+    flat_size = Reshape (size, flat)
+    row_lengths = Cast <to = 6> (flat_size)
 }}
 """
 
 _SUFFIX = """
-activation (float[n, 1] raw) => (float[n, 1] logits, float[n, 1] scores)
+activation (float[n, 1] raw, bool sound) => (float[n, 1] logits, float[n, 1] scores)
 {
-    logits = Cast <to = 1> (raw)
+    nothing = Constant <value = float {0}> ()
+    not_a_number = Div (nothing, nothing)
+    exact = Cast <to = 1> (raw)
+    logits = Where (sound, exact, not_a_number)
     scores = %s (logits)
 }
 """
@@ -129,11 +144,12 @@ def ragged(body: onnx.ModelProto, activation: str) -> onnx.ModelProto:
         (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
     )
     prefix, suffix = _parse(text, body), _parse(_SUFFIX % activation, body)
-    fed = [value.name for value in prefix.graph.output]
+    *fed, is_true = [value.name for value in prefix.graph.output]
     model = compose.merge_models(
         prefix, body, io_map=list(zip(fed, inputs, strict=True)), prefix2="body/"
     )
-    model = compose.merge_models(model, suffix, io_map=[(model.graph.output[0].name, "raw")])
+    logits = f"body/{body.graph.output[0].name}"
+    model = compose.merge_models(model, suffix, io_map=[(logits, "raw"), (is_true, "sound")])
     # Merging names the operator set once for each part.
     del model.opset_import[:]
     model.opset_import.extend(body.opset_import)
