@@ -27,7 +27,7 @@ from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
 from tritonrank_server.graph import ragged
-from tritonrank_server.serve import EmbeddedServer, Settings, die_with_parent
+from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
 
 from .anatomy import anatomy
 from .data import DL19, Request, ndcg_at_10, requests
@@ -169,7 +169,7 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
     python = str(PEERS / folder / "bin" / "python") if folder else sys.executable
     log = MODELS / f"{contestant.label.replace('/', ' ')}.log"
     arguments = [contestant.name, str(MODELS), str(contestant.clients)]
-    command = [python, str(HERE / "contestant.py"), *arguments]
+    command = [*DYING_WITH_PARENT, python, str(HERE / "contestant.py"), *arguments]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -180,7 +180,6 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             text=True,
             # Its threads are not to spin while others have their turn.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true"},
-            preexec_fn=die_with_parent,
         ) as process,
     ):
         assert process.stdin

@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 from tritonrank_server.serve import (
     DIRECT,
+    DYING_WITH_PARENT,
     EmbeddedServer,
     ServerError,
     Settings,
-    die_with_parent,
 )
 
 from .bench import commit, hardware
@@ -36,7 +36,10 @@ from .sweep_report import write_report
 from .workloads import WORKLOADS, stream
 
 HERE = Path(__file__).parent
-LOCUST = (sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"))
+LOCUST = (
+    *DYING_WITH_PARENT,
+    *(sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py")),
+)
 STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Offered load of the rising steps, as shares of what clients that wait for answers reach.
 SHARES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1)
@@ -152,7 +155,7 @@ class Target:
             *("--stop-timeout", str(math.ceil(self.timeout) + 5)),  # All that is under way.
         ]
         started, before = time.monotonic(), metrics(self.metrics_url)
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
+        done = subprocess.run(command, capture_output=True, text=True)
         after, elapsed = metrics(self.metrics_url), time.monotonic() - started
         times = re.search(r"^sent for (\S+) s, answered within (\S+) s$", done.stderr, re.M)
         rows = json.loads(done.stdout) if times else []
@@ -254,7 +257,6 @@ def bulk_job(url: str) -> Iterator[None]:
         [*command, "--workload=bulk", "--timeout=3600"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
     ) as process:
         try:
             yield

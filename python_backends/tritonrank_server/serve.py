@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import os
 import platform
@@ -18,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,20 +25,21 @@ from pathlib import Path
 
 from . import assets
 from .numpy2 import SWITCH
+from .supervise import BackendDied, end, restrictions, wait
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
 START_TIMEOUT = 120.0
+#: Starts a command that Linux stops when this process dies, even by SIGKILL; see prctl(2). Not by
+#: a function between fork and exec: where gRPC is at work, its own such functions may abort.
+DYING_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
 #: What Triton reports of a machine without a GPU, of the folders of exports, and of being stopped.
 HARMLESS = (
     b"CUDA driver",
     b"CudaDriverHelper",
     b"pinned",
     b"ignore version directory",
-    b"Signal (15)",
 )
-#: How long running requests may take to finish at the stop, in seconds.
-STOP_TIMEOUT = 10
 
 
 class ServerError(RuntimeError):
@@ -51,6 +52,7 @@ class Settings:
 
     Attributes:
         model_repository: the folder with ``reranker`` and the models of its stages.
+        arguments: more of ``tritonserver``'s own, such as ``--grpc-use-ssl=true``.
         log: where Triton's log goes; default, this process's standard error.
     """
 
@@ -59,6 +61,7 @@ class Settings:
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
+    arguments: Sequence[str] = ()
     log: Path | None = None
 
 
@@ -94,8 +97,8 @@ class EmbeddedServer:
         home = assets.tritonserver()
         _check_repository(repository, home)
         self._process = subprocess.Popen(
-            [home / "bin" / "tritonserver", *self._arguments(home)],
-            env=_environment(),
+            [*DYING_WITH_PARENT, home / "bin" / "tritonserver", *self._arguments(home)],
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -104,7 +107,6 @@ class EmbeddedServer:
             # Where this process dies, the log's pipe breaks, and that must not kill the server
             # before it has cleaned up: it keeps ignoring SIGPIPE, as Python does.
             restore_signals=False,
-            preexec_fn=die_with_parent,
         )
         self._log = threading.Thread(target=self._relay_log, daemon=True)
         self._log.start()
@@ -122,15 +124,9 @@ class EmbeddedServer:
         """Blocks until the server ends by itself; gives its exit status.
 
         Raises:
-            ServerError: a process of the Python backend died. Triton does not start it again, says
-                that it is ready, and fails what that process would have answered.
+            BackendDied: a process of its Python backend ended before it.
         """
-        stubs = _children(self.pid)
-        while self._process.poll() is None:
-            if not all(map(_runs, stubs)):
-                raise ServerError("a process of Triton's Python backend died: start anew")
-            time.sleep(0.5)
-        return self._process.returncode
+        return wait(self._process)
 
     @property
     def pid(self) -> int:
@@ -142,7 +138,7 @@ class EmbeddedServer:
         return [
             f"--model-repository={self._settings.model_repository}",
             "--model-config-name=cpu",
-            f"--backend-directory={_backends(home)}",
+            f"--backend-directory={backends(home)}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             # The configurations are complete; completing them would start every stub twice.
             "--disable-auto-complete-config",
@@ -154,7 +150,12 @@ class EmbeddedServer:
             f"--metrics-port={metrics}",
             "--allow-gpu-metrics=false",
             "--log-info=false",
-            f"--exit-timeout-secs={STOP_TIMEOUT}",
+            # For --cache-config, with which repeated requests are answered from memory.
+            f"--cache-directory={home / 'caches'}",
+            # As often as clients ask whether it is still there.
+            "--grpc-http2-min-recv-ping-interval-without-data=4000",
+            *restrictions(self._settings.arguments),
+            *self._settings.arguments,
         ]
 
     def _ports(self) -> list[str]:
@@ -188,13 +189,7 @@ class EmbeddedServer:
                         sink.flush()
 
     def _stop(self) -> None:
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT + 5)
-        # And what is left of it: a stub that was at work waits for ever for a server that is gone.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        end(self._process)
         self._log.join()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
@@ -256,24 +251,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _children(pid: int) -> set[int]:
-    """Process ids of its children; see proc(5)."""
-    found: set[int] = set()
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # A thread that just ended.
-            found.update(map(int, path.read_text().split()))
-    return found
-
-
-def _runs(pid: int) -> bool:
-    """Whether there is such a process that has not ended, though nobody may have waited for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _backends(home: Path) -> Path:
+def backends(home: Path) -> Path:
     """The backend directory, with the Python backend's stub for this interpreter in its place.
 
     A folder for each Python version, so that servers of several versions can share the cache; it
@@ -297,7 +275,7 @@ def _backends(home: Path) -> Path:
     return python_backend.parent
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's environment, in which the stub finds this interpreter and its packages."""
     libraries = Path(sysconfig.get_config_var("LIBDIR"))
     library = sysconfig.get_config_var("INSTSONAME")
@@ -318,12 +296,6 @@ def _environment() -> dict[str, str]:
     }
 
 
-def die_with_parent() -> None:
-    """Asks Linux to stop this child when its parent dies, even by SIGKILL; see prctl(2)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def main(argv: list[str] | None = None) -> int:
     """``tritonrank serve``: the embedded server in the foreground until Ctrl-C or SIGTERM."""
     defaults = Settings()
@@ -339,11 +311,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             f"--{service}-port", type=int, default=default, help="0 takes any free port"
         )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="-- ARGUMENT", help="more of tritonserver's own arguments"
+    )
     settings = Settings(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         return _serve(settings)
-    except (ServerError, assets.AssetError) as error:
+    except (ServerError, BackendDied, assets.AssetError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

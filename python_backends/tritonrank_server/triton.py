@@ -53,7 +53,10 @@ class _Stage(ABC, Generic[Decoded, Result]):
         decoded = [_attempt(self._decode, request) for request in requests]
         good = [value for value in decoded if _is_to_run(value)]
         results = iter(self._run(good) if good else [])
-        return [self._respond(next(results) if _is_to_run(value) else value) for value in decoded]
+        return [
+            self._respond(request, next(results) if _is_to_run(value) else value)
+            for request, value in zip(requests, decoded)
+        ]
 
     def _run(self, batch: Sequence[Decoded]) -> Sequence[Any]:
         """Results or errors, one a request; if the batch fails, each request is run alone."""
@@ -66,10 +69,13 @@ class _Stage(ABC, Generic[Decoded, Result]):
     def _decode(self, request: Any) -> Decoded | None:
         return None if request.is_cancelled() else self.decode(request)
 
-    def _respond(self, result: Any) -> Any:
+    def _respond(self, request: Any, result: Any) -> Any:
         if result is None:  # The client gave it up; whatever is spent on it is lost.
             result = pb_utils.TritonError("given up by the client", pb_utils.TritonError.CANCELLED)
         if isinstance(result, pb_utils.TritonError):
+            internal = result.code() == pb_utils.TritonError.INTERNAL
+            log = pb_utils.Logger.log_error if internal else pb_utils.Logger.log_verbose
+            log(f"[request id: {request.request_id()}] {result.message()}")
             return pb_utils.InferenceResponse(error=result)
         tensor = numpy2.tensor if numpy2.SWITCH in os.environ else pb_utils.Tensor
         outputs = [tensor(name, data) for name, data in self.encode(result).items()]

@@ -1,0 +1,113 @@
+"""The image's entry point: runs ``tritonserver``, closes what is for administrators, watches it.
+
+Triton does not start a dead process of its Python backend again, and goes on saying that it is
+live. So this ends with it, and what runs the container starts it anew. It is free of dependencies,
+since it is also the way to run NVIDIA's own image.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+#: Triton's own names of its services; see "limited endpoint access" in its documentation.
+ADMINISTRATION = "model-repository,shared-memory,trace,logging"
+#: All others but health.
+USE = "inference,metadata,model-config,statistics"
+#: The header with the administrators' key; in gRPC Triton prefixes it: triton-grpc-protocol-….
+HEADER = "tritonrank-admin-key"
+#: Names the file with that key, in the environment. Without one nobody gets in.
+KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
+
+
+class BackendDied(RuntimeError):
+    """A process of Triton's Python backend died."""
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """Blocks until ``tritonserver`` ends by itself; gives its exit status.
+
+    Raises:
+        BackendDied: one of its children ended. Triton would fail for ever what that would answer.
+    """
+    seen: set[int] = set()
+    while process.poll() is None:
+        seen |= _children(process.pid)
+        if not all(map(_runs, seen)):
+            raise BackendDied("a process of Triton's Python backend died: start anew")
+        time.sleep(0.5)
+    return process.returncode
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills ``tritonserver``, which leads a process group, and its backends' processes.
+
+    Not by SIGTERM. Triton then keeps its gRPC connections open while its models stop, for seconds,
+    and answers what comes with NOT_FOUND, at once, so that it draws the requests of all who balance
+    by load; and of requests under way it refuses the next step. A connection that breaks is
+    UNAVAILABLE, on which clients try another server.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _children(pid: int) -> set[int]:
+    """Process ids of its children; see proc(5)."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # A thread that just ended.
+            found.update(map(int, path.read_text().split()))
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended, though nobody may have waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def restrictions(arguments: Sequence[str]) -> list[str]:
+    """Arguments that close both protocols' administration to whoever has not the key.
+
+    Where gRPC asks for certificates, HTTP, which cannot, must be no way round them: there it
+    answers whether the server is up, and needs the key for all else.
+
+    Args:
+        arguments: the others.
+    """
+    path = os.environ.get(KEY_FILE)
+    key = Path(path).read_text().strip() if path else secrets.token_urlsafe()
+    tls = any(each.startswith("--grpc-use-ssl") for each in arguments)
+    http = f"{ADMINISTRATION},{USE}" if tls else ADMINISTRATION
+    return [
+        f"--http-restricted-api={http}:{HEADER}={key}",
+        f"--grpc-restricted-protocol={ADMINISTRATION}:{HEADER}={key}",
+    ]
+
+
+def main(command: Sequence[str]) -> int:
+    """Runs ``tritonserver`` with its arguments until SIGTERM or SIGINT."""
+    process = subprocess.Popen([*command, *restrictions(command)], start_new_session=True)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: sys.exit())
+    try:
+        return wait(process)
+    except BackendDied as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
+    finally:
+        end(process)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
