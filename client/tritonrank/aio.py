@@ -54,6 +54,7 @@ class AsyncRerankClient:
         top_k: int | None = None,
         timeout: float | None = None,
         bulk: bool = False,
+        request_id: str = "",
     ) -> list[RankedDocument]:
         """Ranks the documents; see ``RerankClient.rank``."""
         protocol.check(documents, top_k)
@@ -68,7 +69,7 @@ class AsyncRerankClient:
                     if len(calls) >= protocol.PARTS_UNDER_WAY:
                         await calls[-protocol.PARTS_UNDER_WAY]
                     remaining = deadline - time.monotonic()
-                    message = protocol.request(query, texts, top_k, remaining, bulk)
+                    message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
                     calls.append(self._stub.ModelInfer(message, timeout=remaining))
                 responses = await asyncio.gather(*calls)
             finally:  # Does nothing to a call that is done.

@@ -53,6 +53,7 @@ class RerankClient:
         top_k: int | None = None,
         timeout: float | None = None,
         bulk: bool = False,
+        request_id: str = "",
     ) -> list[RankedDocument]:
         """Ranks the documents by how well they answer the query, best first.
 
@@ -65,6 +66,7 @@ class RerankClient:
             timeout: seconds, in place of the client's own.
             bulk: whether it goes after all calls that are not, in small parts, so that they wait
                 for one at most. A call of more documents than a request may have always does.
+            request_id: stands in the server's log and traces.
 
         Raises:
             InvalidRequestError: the server refused the request, and says why.
@@ -85,7 +87,7 @@ class RerankClient:
                     if len(calls) >= protocol.PARTS_UNDER_WAY:
                         calls[-protocol.PARTS_UNDER_WAY].result()
                     remaining = deadline - time.monotonic()
-                    message = protocol.request(query, texts, top_k, remaining, bulk)
+                    message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
                     calls.append(self._stub.ModelInfer.future(message, timeout=remaining))
                 responses = [call.result() for call in calls]
             finally:  # Does nothing to a call that is done.

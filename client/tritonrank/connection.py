@@ -17,8 +17,9 @@ import grpc
 #: nothing on the server, and of use only where another try can succeed.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
-    # Where a third of the calls fail, retries stop, so as not to add to an overload.
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+    # Where more than half of the calls fail, retries stop, so as not to add to an overload. Half do
+    # while one of two servers starts anew.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 1},
     "methodConfig": [
         {
             "name": [{"service": "inference.GRPCInferenceService"}],
@@ -39,6 +40,18 @@ OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     # gRPC keeps a request for its retries only up to this size, by default 256 KiB.
     ("grpc.per_rpc_retry_buffer_size", 2**30),
+    # Servers that come and go behind one name are seen as soon as a connection ends.
+    ("grpc.dns_min_time_between_resolutions_ms", 5000),
+    # A server that is back is used again within 2 s; gRPC's own limit is 2 minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # A machine that is gone closes no connection. Where calls wait and nothing has come for 5 s, it
+    # is asked, and without an answer within 5 s they are tried elsewhere. A server must allow that:
+    # --grpc-http2-min-recv-ping-interval-without-data.
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 

@@ -72,7 +72,12 @@ def parts(documents: Sequence[str], bulk: bool, limit: int) -> list[Part]:
 
 
 def request(
-    query: str, documents: Sequence[str], top_k: int | None, timeout: float, bulk: bool
+    query: str,
+    documents: Sequence[str],
+    top_k: int | None,
+    timeout: float,
+    bulk: bool,
+    request_id: str,
 ) -> service_pb2.ModelInferRequest:
     """One call of the ensemble, which the server gives up, too, after ``timeout`` seconds.
 
@@ -82,7 +87,7 @@ def request(
     Raises:
         UnicodeEncodeError: a text holds half of a surrogate pair, which UTF-8 has no form for.
     """
-    message = service_pb2.ModelInferRequest(model_name="reranker")
+    message = service_pb2.ModelInferRequest(model_name="reranker", id=request_id)
     message.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
     if bulk:
         message.parameters["priority"].int64_param = BULK_PRIORITY
