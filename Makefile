@@ -8,7 +8,7 @@ PEERS := loadtest/environments
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export bench loadtest locust test lint clean
+.PHONY: help setup demo serve export bench loadtest locust replicas test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ loadtest: $(VENV)/.all | $(if $(URL),,published) ## Find the knee of a server, i
 
 locust: $(VENV)/.all ## Locust's page, for load tests of the server that runs
 	$(BIN)/locust -f loadtest/locustfile.py
+
+replicas: $(VENV)/.all ## Three servers under load: killed, frozen, updated; into docker/README.md
+	$(BIN)/python -m loadtest.replicas
+	$(BIN)/python -m loadtest.report
 
 # Two files at a time: exports have one thread each.
 test: $(VENV)/.all ## Run all tests

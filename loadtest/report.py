@@ -17,6 +17,7 @@ from .sweep_report import facts, rates, stages, summary
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+OPERATIONS = HERE.parent / "docker" / "README.md"
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- {}: written by loadtest/report.py -->\n", "<!-- end of {} -->\n"
 COLOURS = {"ladder": "#2a6f97", "peers": "#adb5bd"}
@@ -195,24 +196,46 @@ def load_tests() -> str:
     return "\n\n".join(parts)
 
 
-def replaced(text: str, name: str, block: str) -> str:
-    """The text with the block between the two marks of that name.
+def replicas() -> str:
+    """Of each way to reach several servers."""
+    result = json.loads((RESULTS / "replicas" / "replicas.json").read_text())
+    hardware = result["hardware"]
+    head = ["meanwhile", "requests", "failed or wrong", "p50 ms", "p95 ms", "slowest ms", "shares"]
+    parts = [
+        f"{hardware['cores']} cores of {hardware['cpu']} for all servers and the load generator, "
+        f"commit {result['commit']}. Clients that wait for each answer, 10 documents a request, "
+        f"{result['seconds']:g} s where nothing is done."
+    ]
+    for way, phases in result["ways"].items():
+        rows = []
+        for phase in phases:
+            failures = ", ".join(f"{n} {kind}" for kind, n in phase["failures"].items()) or "none"
+            times = [f"{phase[name]:.0f}" for name in ("p50_ms", "p95_ms", "slowest_ms")]
+            shares = " ".join(f"{share:.2f}" for share in phase["shares"])
+            rows.append([phase["name"], phase["requests"], failures, *times, shares])
+        parts += [f"Through {way}:", _table(head, rows)]
+    return "\n\n".join(parts)
+
+
+def write(path: Path, name: str, block: str) -> None:
+    """Puts the block between the two marks of that name in the file.
 
     Raises:
         SystemExit: there are no such marks.
     """
     begin, end = BEGIN.format(name), END.format(name)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    text, found = pattern.subn(lambda _: f"{begin}{block}\n{end}", text)
+    text, found = pattern.subn(lambda _: f"{begin}{block}\n{end}", path.read_text())
     if not found:
-        raise SystemExit(f"no line {begin.strip()} in {README}")
-    return text
+        raise SystemExit(f"no line {begin.strip()} in {path}")
+    path.write_text(text)
 
 
 def main() -> None:
-    """Writes the tables between the README's marks, and the plots beside the results."""
-    text = replaced(README.read_text(), "benchmark", benchmark())
-    README.write_text(replaced(text, "load", load_tests()))
+    """Writes the tables between the marks of both READMEs, and the plots beside the results."""
+    write(README, "benchmark", benchmark())
+    write(README, "load", load_tests())
+    write(OPERATIONS, "replicas", replicas())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 from conftest import new_repository, pipeline
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from safetensors.torch import load_file, save_file
 from tokenizers import (
     Tokenizer,
@@ -237,6 +238,30 @@ def test_a_nan_stays_in_its_document(tmp_path: Path, sample: Sample) -> None:
     logits, scores = session.run(["logits", "scores"], feed)
     assert np.isnan(logits).ravel().tolist() == [True, False, False]
     assert np.isnan(scores).ravel().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize(
+    "lengths", [[6, 5, 7], [5, 5, 6], [18, -1, 0], [0, 10, 7], [10**9, 5, 7], [1, 1, 1]]
+)
+def test_lengths_that_do_not_add_up_shift_no_neighbour(
+    form: str, lengths: list[int], request: pytest.FixtureRequest
+) -> None:
+    repository = request.getfixturevalue({"padded": "int8", "packed": "fp32"}[form] + "_repository")
+    session = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
+    rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
+    feed = {
+        "input_ids": np.array(rows, np.int32).ravel(),
+        "query_lengths": np.array([[3], [3], [3]], np.int32),
+    }
+    [logits] = session.run(["logits"], feed | {"lengths": np.array([[5], [5], [7]], np.int32)})
+    assert np.isfinite(logits).all()
+    try:
+        untrue = np.array(lengths, np.int32)[:, None]
+        [logits] = session.run(["logits"], feed | {"lengths": untrue})
+    except (Fail, InvalidArgument, RuntimeException):
+        return
+    assert np.isnan(logits).all()
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonrank.cli import main
 from tritonrank_server.serve import EmbeddedServer
 
 from loadtest import sweep
@@ -201,3 +202,29 @@ def test_a_sweep_of_nothing_is_refused(option: str, message: str) -> None:
     done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    knee = {"tokens": 9000.0, "documents": 100.0, "p95_ms": 150.0}
+    facts = {"workload": "search", "server": "a", "hardware": {"cpu": "b"}, "commit": "c"}
+    report = tmp_path / "load.json"
+    report.write_text(json.dumps({"steps": [{}, knee], "knee": 1, **facts}))
+    # 10 × 100 × 90 tokens/s are 10 servers that are always busy.
+    command = ["capacity", str(report), "--requests=10", "--utilisation=0.5", "--spare=2"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("22 servers: 20.00 for 10 requests/s of 100 doc")
+    assert main([*command, "--tokens=9", "--documents=50"]) == 0
+    assert capsys.readouterr().out.startswith("3 servers: 1.00 for 10 requests/s of 50 doc")
+    for content in ('{"steps": [], "knee": null}', "no JSON"):
+        report.write_text(content)
+        assert main(command) == 1
+        assert "measure one with make loadtest URL=" in capsys.readouterr().err
+    for wrong in ("--requests=0", "--utilisation=1", "--requests=nan"):
+        with pytest.raises(SystemExit):
+            main(["capacity", str(report), "--requests=1", wrong])
+
+
+def test_capacity_reads_what_a_load_test_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Path(__file__).parents[1] / "loadtest" / "results" / "search" / "load.json"
+    assert main(["capacity", str(report), "--requests=1"]) == 0
+    assert "2739 tokens/s at the knee" in capsys.readouterr().out

@@ -19,6 +19,7 @@ SERVER_COMMANDS = {
     "serve": ("serving", "serve the model repository with the embedded Triton"),
     "export": ("export", "export a checkpoint into the model repository"),
     "demo": ("serving", "rank a sample with the embedded Triton"),
+    "capacity": ("serving", "tell how many servers a load needs, from a load test"),
 }
 
 

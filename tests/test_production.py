@@ -6,6 +6,7 @@ embedded ``tritonserver`` in place of the base image's and its scorer in place o
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import os
@@ -15,13 +16,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,12 @@ from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 from dockerfile_parse import DockerfileParser
 from test_serve import await_end, descendants
 from tritonclient.utils import InferenceServerException
-from tritonrank import TLS, RerankClient, RerankError
+from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
 from tritonrank_server import assets, serve
 from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
+
+from loadtest.bench import new_repository
+from loadtest.replicas import Fleet, Phase, nginx, scenario, use
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -288,7 +294,7 @@ def test_without_a_certificate_nobody_gets_in(
     settings = Settings(int8_repository, grpc_port=0, http_port=0, metrics_port=0)
     known = TLS(of["ca"], of["client-key"], of["client"])
     strangers = [None, TLS(of["ca"]), TLS(of["ca"], of["other-key"], of["other"])]
-    with EmbeddedServer(serve.replace(settings, arguments=arguments)) as server:
+    with EmbeddedServer(replace(settings, arguments=arguments)) as server:
         with RerankClient(server.grpc_url, tls=known) as client:
             assert client.rank("tea", ["a car", "green tea"])[0].index == 1
         for stranger in strangers:
@@ -305,13 +311,75 @@ def test_without_a_certificate_nobody_gets_in(
                     call()
             query = tritonclient.http.InferInput("QUERY", [1], "BYTES")
             query.set_data_from_numpy(np.array(["tea"], object))
-            documents = tritonclient.http.InferInput("DOCUMENTS", [1], "BYTES")
-            documents.set_data_from_numpy(np.array(["tea"], object))
             with pytest.raises(InferenceServerException, match="restricted"):
-                client.infer("reranker", [query, documents])
+                client.infer("reranker", [query])
 
 
-# Monitoring.
+# What it tells.
+
+
+def test_a_request_is_traced_through_the_stages(int8_repository: Path, tmp_path: Path) -> None:
+    spans: list[dict[str, Any]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            for resource in body["resourceSpans"]:
+                spans.extend(span for scope in resource["scopeSpans"] for span in scope["spans"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    # As docker/README.md has it.
+    arguments = [
+        *("--trace-config=mode=opentelemetry", f"--trace-config=opentelemetry,url={url}"),
+        *("--trace-config=rate=1", "--trace-config=level=TIMESTAMPS"),
+    ]
+    settings = Settings(int8_repository, grpc_port=0, http_port=0, metrics_port=0)
+    with EmbeddedServer(replace(settings, arguments=arguments)) as server:
+        with RerankClient(server.grpc_url) as client:
+            client.rank("tea", ["a car", "green tea"], request_id="search-17")
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            client.infer("reranker", _inputs(), headers={"traceparent": parent})
+        deadline = time.monotonic() + 30
+        while sum(span["name"] == "InferRequest" for span in spans) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    collector.shutdown()
+    traces: dict[str, set[str]] = {}
+    for span in spans:
+        traces.setdefault(span["traceId"], set()).add(span["name"])
+    stages = {"InferRequest", "reranker", "tokenizer", "cross_encoder", "sorter", "compute"}
+    assert [*traces.values()] == [stages, stages]
+    assert "0af7651916cd43dd8448eb211c80319c" in traces
+    assert json.dumps(spans).count("search-17") >= 4
+
+
+def test_log_lines_carry_the_request_id(int8_repository: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    settings = Settings(int8_repository, grpc_port=0, http_port=0, metrics_port=0, log=log)
+    verbose = replace(settings, arguments=["--log-verbose=1"])
+    with (
+        EmbeddedServer(verbose) as server,
+        RerankClient(server.grpc_url) as client,
+        pytest.raises(InvalidRequestError),
+    ):
+        client.rank("tea", [], request_id="search-18")
+    assert "[request id: search-18] DOCUMENTS is empty: send at least one" in log.read_text()
+
+
+def _inputs() -> list[triton.InferInput]:
+    query = triton.InferInput("QUERY", [1], "BYTES")
+    query.set_data_from_numpy(np.array(["tea"], object))
+    documents = triton.InferInput("DOCUMENTS", [2], "BYTES")
+    documents.set_data_from_numpy(np.array(["a car", "green tea"], object))
+    return [query, documents]
 
 
 def queries() -> dict[str, str]:
@@ -490,3 +558,50 @@ def test_services_reach_the_pods() -> None:
     assert {port["port"] for rule in policy for port in rule["ports"]} <= ports
     target = every["ScaledObject"]["spec"]["scaleTargetRef"]["name"]
     assert target == every["Deployment"]["metadata"]["name"]
+
+
+# Several servers.
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    int8_repository: Path, fp32_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    """Three servers of INT8, with FP32 beside it."""
+    repository = new_repository(tmp_path_factory.mktemp("fleet") / "repository")
+    for name, source in (("int8", int8_repository), ("fp32", fp32_repository)):
+        published = (source / "cross_encoder" / "current").resolve()
+        shutil.copytree(published, repository / "cross_encoder" / f"export-{name}")
+    use(repository, "export-int8")
+    with Fleet(repository, 3) as fleet:
+        yield fleet
+
+
+def lossless(phases: Iterable[Phase]) -> None:
+    """Checks that no request failed, in none of them, and that all servers share the load."""
+    for phase in phases:
+        assert phase.failures == {}, phase
+        assert phase.requests > 0, phase
+        if phase.name == "nothing":
+            assert min(phase.shares) > 0.15, phase
+
+
+def test_no_request_is_lost_by_the_client(fleet: Fleet) -> None:
+    lossless(scenario(fleet, fleet.urls, "export-int8", "export-fp32", 1))
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx: apt install nginx-light")
+def test_no_request_is_lost_by_nginx(fleet: Fleet) -> None:
+    with nginx(fleet.urls) as url:
+        lossless(islice(scenario(fleet, url, "export-int8", "export-fp32", 1), 3))
+
+
+def test_a_server_that_hangs_is_left(fleet: Fleet) -> None:
+    with RerankClient(fleet.urls, timeout=30) as client:
+        expected = client.rank("tea", ["a car", "green tea"])
+        fleet.signal(0, signal.SIGSTOP)
+        try:
+            for _ in range(4):  # One of them reaches it, and is answered by another.
+                assert client.rank("tea", ["a car", "green tea"]) == expected
+        finally:
+            fleet.signal(0, signal.SIGCONT)
