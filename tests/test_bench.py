@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from loadtest import bench, contestant, data, growth, report
 from loadtest.anatomy import anatomy
 from loadtest.bench import Contestant
 from loadtest.data import Request
+from loadtest.replicas import Phase
 
 
 def test_ndcg() -> None:
@@ -79,11 +81,23 @@ def test_contestants_agree_and_are_reported(
     marks = [report.BEGIN, "old\n", report.END]
     blocks = ["".join(marks).format(name, name) for name in ("benchmark", "load")]
     readme.write_text(f"before\n{blocks[0]}between\n{blocks[1]}after\n")
+    operations = tmp_path / "operations.md"
+    operations.write_text("".join(marks).format("replicas", "replicas"))
+    phase = Phase("one killed", 7, {"wrong answer": 2}, 1.0, 2.0, 3.0, [0.25, 0.75])
+    ways = {"nginx": [asdict(phase)]}
+    of_replicas = {name: result[name] for name in ("hardware", "commit")}
+    (tmp_path / "replicas").mkdir()
+    (tmp_path / "replicas" / "replicas.json").write_text(
+        json.dumps({**of_replicas, "seconds": 1, "ways": ways})
+    )
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "OPERATIONS", operations)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.main()
     text = readme.read_text()
-    assert "old" not in text
+    assert "old" not in text + operations.read_text()
+    row = "| one killed | 7 | 2 wrong answer | 1 | 2 | 3 | 0.25 0.75 |"
+    assert row in operations.read_text()
     assert "| padded:4096 |" in text
     assert "Left out: " in text
     assert "GPU: not measured" in text
