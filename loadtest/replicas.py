@@ -118,7 +118,7 @@ class Fleet:
         os.kill(self._servers[index].pid, number)
 
     def restart(self, index: int) -> None:
-        """Stops one, which answers what it has begun, and starts it anew.
+        """Stops one and starts it anew.
 
         Raises:
             ServerError: it does not start; there is nothing on its ports then.

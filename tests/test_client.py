@@ -220,6 +220,13 @@ def test_what_is_no_list_of_strings(rank: Rank, documents: object, message: str)
         rank("query", documents)
 
 
+def test_a_list_with_tls_needs_the_name_in_the_certificates() -> None:
+    urls = ["127.0.0.1:8001", "127.0.0.2:8001"]
+    with pytest.raises(ValueError, match="server_name"):
+        RerankClient(urls, tls=TLS())
+    RerankClient(urls, tls=TLS(server_name="reranker")).close()
+
+
 def test_a_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="pass HOST:PORT"):
         RerankClient("http://127.0.0.1:8001")

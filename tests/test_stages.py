@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -139,7 +140,20 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
         def __init__(self, message: str, code: str) -> None:
             super().__init__(message)
-            self.code = code
+            self.code, self.message = lambda: code, lambda: message
+
+    class MetricFamily:
+        COUNTER = "COUNTER"
+        counts: ClassVar[Counter[str]] = Counter()
+
+        def __init__(self, **_: str) -> None:
+            """Of whatever name."""
+
+        def Metric(self, labels: dict[str, str]) -> Any:
+            def increment(count: int) -> None:
+                self.counts[labels["reason"]] += count
+
+            return SimpleNamespace(increment=increment)
 
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.TritonError = TritonError
@@ -148,7 +162,8 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         outputs=dict(outputs), error=error
     )
     fake.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
-    fake.Logger = SimpleNamespace(log_error=lambda message: None)
+    fake.Logger = SimpleNamespace(log_error=lambda _: None, log_verbose=lambda _: None)
+    fake.MetricFamily = MetricFamily
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     from tritonrank_server import triton
 
@@ -160,7 +175,9 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def request(cancelled: bool = False, **tensors: Any) -> SimpleNamespace:
     wrapped = {name: SimpleNamespace(as_numpy=lambda v=value: v) for name, value in tensors.items()}
-    return SimpleNamespace(tensors=wrapped, is_cancelled=lambda: cancelled)
+    return SimpleNamespace(
+        tensors=wrapped, is_cancelled=lambda: cancelled, request_id=lambda: "search-1"
+    )
 
 
 def column(*values: float) -> np.ndarray:
@@ -169,6 +186,7 @@ def column(*values: float) -> np.ndarray:
 
 def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> None:
     model = adapter.SorterModel()
+    model.initialize({"model_name": "sorter"})
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
     answers = model.execute(
         [
@@ -180,8 +198,10 @@ def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> Non
             request(**good, TOP_K=np.int32([1])),
         ]
     )
-    codes = [answer.error and answer.error.code for answer in answers]
+    codes = [answer.error and answer.error.code() for answer in answers]
     assert codes == [None, "INVALID_ARG", "INTERNAL", "CANCELLED", "INTERNAL", None]
+    counts = adapter.pb_utils.MetricFamily.counts
+    assert counts == {"invalid": 1, "internal": 2, "cancelled": 1}
     assert answers[0].outputs["INDICES"].tolist() == [1, 0]
     assert answers[5].outputs["INDICES"].tolist() == [1]
     assert "the server failed" in str(answers[4].error)
@@ -196,8 +216,10 @@ def test_what_fails_the_batch_fails_alone(adapter: ModuleType) -> None:
 
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
     poison = {"logits": column(10), "scores": column(1)}
-    answers = Picky().execute([request(**each) for each in (good, poison, good, poison)])
-    codes = [answer.error and answer.error.code for answer in answers]
+    model = Picky()
+    model.initialize({"model_name": "sorter"})
+    answers = model.execute([request(**each) for each in (good, poison, good, poison)])
+    codes = [answer.error and answer.error.code() for answer in answers]
     assert codes == [None, "INTERNAL", None, "INTERNAL"]
     assert answers[2].outputs["INDICES"].tolist() == [1, 0]
     assert answers[1].error is not answers[3].error

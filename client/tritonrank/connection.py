@@ -63,7 +63,8 @@ class TLS:
         root_certificates: who may vouch for the server; default, the system's.
         private_key: the client's key.
         certificate_chain: the client's certificate.
-        server_name: the name in the server's certificate, where it is not the host of the URL.
+        server_name: the name in the servers' certificates, where it is not the host of the URL;
+            needed for a list of several.
     """
 
     root_certificates: Path | None = None
@@ -84,6 +85,8 @@ class TLS:
 
 def open_channel(kind: ModuleType, url: str | Sequence[str], tls: TLS | None) -> Any:
     """A channel of ``kind``, which is ``grpc`` or ``grpc.aio``, to one or more endpoints."""
+    if tls and not tls.server_name and not isinstance(url, str) and len(url) > 1:
+        raise ValueError("pass TLS(server_name=…), the name in the certificates of all these URLs")
     if tls is None:
         return kind.insecure_channel(_target(url), OPTIONS)
     return kind.secure_channel(_target(url), tls.credentials(), [*OPTIONS, *tls.options()])

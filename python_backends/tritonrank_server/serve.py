@@ -189,6 +189,12 @@ class EmbeddedServer:
                         sink.flush()
 
     def _stop(self) -> None:
+        """Kills it. By SIGTERM, Triton 2.51 keeps its gRPC connections open while its models stop.
+
+        It then answers what comes with NOT_FOUND, at once, so that it draws the requests of all who
+        balance by load, and refuses the next step of those under way. A connection that breaks is
+        UNAVAILABLE, on which clients try another server.
+        """
         end(self._process)
         self._log.join()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):

@@ -27,6 +27,10 @@ HEADER = "tritonrank-admin-key"
 KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
 
 
+#: The name of the Python backend's processes, as far as Linux keeps it.
+STUB = "triton_python_backend_stub"[:15]
+
+
 class BackendDied(RuntimeError):
     """A process of Triton's Python backend died."""
 
@@ -35,11 +39,11 @@ def wait(process: subprocess.Popen[bytes]) -> int:
     """Blocks until ``tritonserver`` ends by itself; gives its exit status.
 
     Raises:
-        BackendDied: one of its children ended. Triton would fail for ever what that would answer.
+        BackendDied: one of those ended. Triton would fail for ever what it would answer.
     """
     seen: set[int] = set()
     while process.poll() is None:
-        seen |= _children(process.pid)
+        seen |= {pid for pid in _children(process.pid) if _comm(pid) == STUB}
         if not all(map(_runs, seen)):
             raise BackendDied("a process of Triton's Python backend died: start anew")
         time.sleep(0.5)
@@ -49,10 +53,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kills ``tritonserver``, which leads a process group, and its backends' processes.
 
-    Not by SIGTERM. Triton then keeps its gRPC connections open while its models stop, for seconds,
-    and answers what comes with NOT_FOUND, at once, so that it draws the requests of all who balance
-    by load; and of requests under way it refuses the next step. A connection that breaks is
-    UNAVAILABLE, on which clients try another server.
+    One that was at work would wait for ever for a server that is gone.
     """
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -66,6 +67,12 @@ def _children(pid: int) -> set[int]:
         with suppress(OSError):  # A thread that just ended.
             found.update(map(int, path.read_text().split()))
     return found
+
+
+def _comm(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _runs(pid: int) -> bool:
@@ -96,7 +103,10 @@ def restrictions(arguments: Sequence[str]) -> list[str]:
 
 
 def main(command: Sequence[str]) -> int:
-    """Runs ``tritonserver`` with its arguments until SIGTERM or SIGINT."""
+    """Runs ``tritonserver`` with its arguments until SIGTERM or SIGINT.
+
+    Then it answers what it has begun and takes no more, for 30 s at most, ``--exit-timeout-secs``.
+    """
     process = subprocess.Popen([*command, *restrictions(command)], start_new_session=True)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: sys.exit())
@@ -105,6 +115,10 @@ def main(command: Sequence[str]) -> int:
     except BackendDied as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
     finally:
         end(process)
 

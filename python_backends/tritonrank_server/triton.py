@@ -36,8 +36,20 @@ Result = TypeVar("Result")
 class _Stage(ABC, Generic[Decoded, Result]):
     """One stage of the ensemble as a Python-backend model."""
 
+    def initialize(self, args: dict[str, str]) -> None:
+        # Triton counts a request that is answered by an error of its own among the successes.
+        self._failures = {
+            code: _Counter("failures", "Requests failed", stage=args["model_name"], reason=reason)
+            for code, reason in (
+                (pb_utils.TritonError.INVALID_ARG, "invalid"),
+                (pb_utils.TritonError.CANCELLED, "cancelled"),
+                (pb_utils.TritonError.INTERNAL, "internal"),
+            )
+        }
+        self.load(args)
+
     @abstractmethod
-    def initialize(self, args: dict[str, str]) -> None: ...
+    def load(self, args: dict[str, str]) -> None: ...
 
     @abstractmethod
     def decode(self, request: Any) -> Decoded: ...
@@ -73,6 +85,7 @@ class _Stage(ABC, Generic[Decoded, Result]):
         if result is None:  # The client gave it up; whatever is spent on it is lost.
             result = pb_utils.TritonError("given up by the client", pb_utils.TritonError.CANCELLED)
         if isinstance(result, pb_utils.TritonError):
+            self._failures[result.code()].add(1)
             internal = result.code() == pb_utils.TritonError.INTERNAL
             log = pb_utils.Logger.log_error if internal else pb_utils.Logger.log_verbose
             log(f"[request id: {request.request_id()}] {result.message()}")
@@ -113,13 +126,13 @@ def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
 class _Counter:
     """A counter among Triton's metrics, ``tritonrank_NAME_total``, shared by all instances."""
 
-    def __init__(self, name: str, description: str) -> None:
+    def __init__(self, name: str, description: str, **labels: str) -> None:
         self._family = pb_utils.MetricFamily(
             name=f"tritonrank_{name}_total",
             description=description,
             kind=pb_utils.MetricFamily.COUNTER,
         )
-        self._metric = self._family.Metric(labels={})
+        self._metric = self._family.Metric(labels=labels)
 
     def add(self, count: int) -> None:
         self._metric.increment(count)
@@ -128,7 +141,7 @@ class _Counter:
 class TokenizerModel(_Stage[Pairs, Tokens]):
     """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def load(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         max_documents = int(parameters["max_documents"]["string_value"])
         self._tokenizer = PairTokenizer(_version_folder(args) / "tokenizer.json", max_documents)
@@ -159,7 +172,7 @@ class TokenizerModel(_Stage[Pairs, Tokens]):
 class CrossEncoderModel(_Stage[Work, Relevance]):
     """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1]."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def load(self, args: dict[str, str]) -> None:
         self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
         self._computed = _Counter("computed_tokens", "Places the graph ran on, padding included")
 
@@ -192,7 +205,7 @@ class CrossEncoderModel(_Stage[Work, Relevance]):
 class SorterModel(_Stage[Ranking, Ranking]):
     """logits and scores FP32 [N, 1], TOP_K INT32 [1]? → INDICES, SCORES, LOGITS [K]."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def load(self, args: dict[str, str]) -> None:
         """Holds nothing: the ranking depends on the request alone."""
 
     def decode(self, request: Any) -> Ranking:
