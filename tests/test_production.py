@@ -38,7 +38,7 @@ import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 from dockerfile_parse import DockerfileParser
-from test_serve import await_end, descendants
+from test_serve import await_end, descendants, shared_memory
 from tritonclient.utils import InferenceServerException
 from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
 from tritonrank_server import assets, serve
@@ -267,10 +267,12 @@ def test_the_end_of_a_container(image: Image, tmp_path: Path) -> None:
         assert container.process.wait(20) == 0
         await_end(family)
     with running(image, tmp_path / "log") as container:
+        assert shared_memory(container.process.pid)
         [server] = {pid for pid in descendants(container.process.pid) if descendants(pid)}
         os.kill(max(descendants(server)), signal.SIGKILL)
         assert container.process.wait(20) == 1
     assert "a process of Triton's Python backend died" in (tmp_path / "log").read_text()
+    assert not shared_memory(container.process.pid)
 
 
 # Transport security.

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from . import assets
 from .numpy2 import SWITCH
-from .supervise import BackendDied, end, restrictions, wait
+from .supervise import BackendDied, end, restrictions, shared_memory, wait
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
@@ -139,7 +139,7 @@ class EmbeddedServer:
             f"--model-repository={self._settings.model_repository}",
             "--model-config-name=cpu",
             f"--backend-directory={backends(home)}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            shared_memory(self._shm_prefix),
             # The configurations are complete; completing them would start every stub twice.
             "--disable-auto-complete-config",
             f"--grpc-address={host}",
@@ -195,10 +195,8 @@ class EmbeddedServer:
         balance by load, and refuses the next step of those under way. A connection that breaks is
         UNAVAILABLE, on which clients try another server.
         """
-        end(self._process)
+        end(self._process, self._shm_prefix)
         self._log.join()
-        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
 
 
 def _address(host: str) -> str:

@@ -50,14 +50,31 @@ def wait(process: subprocess.Popen[bytes]) -> int:
     return process.returncode
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kills ``tritonserver``, which leads a process group, and its backends' processes.
+def end(process: subprocess.Popen[bytes], prefix: str) -> None:
+    """Kills ``tritonserver``, which leads a process group, and removes what it shares.
 
-    One that was at work would wait for ever for a server that is gone.
+    With it go its backends' processes: one that was at work would wait for ever for a server that
+    is gone.
+
+    Args:
+        process: the server.
+        prefix: of the names of its regions of shared memory.
     """
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    free(prefix)
+
+
+def free(prefix: str) -> None:
+    """Removes the regions of shared memory whose names begin so."""
+    for region in Path("/dev/shm").glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def shared_memory(prefix: str) -> str:
+    """The argument by which the regions' names begin so."""
+    return f"--backend-config=python,shm-region-prefix-name={prefix}"
 
 
 def _children(pid: int) -> set[int]:
@@ -107,7 +124,12 @@ def main(command: Sequence[str]) -> int:
 
     Then it answers what it has begun and takes no more, for 30 s at most, ``--exit-timeout-secs``.
     """
-    process = subprocess.Popen([*command, *restrictions(command)], start_new_session=True)
+    # In a pod, what a killed container left is still there, and this is process 1 again.
+    prefix = f"tritonrank-{os.getpid()}-"
+    free(prefix)
+    process = subprocess.Popen(
+        [*command, shared_memory(prefix), *restrictions(command)], start_new_session=True
+    )
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: sys.exit())
     try:
@@ -120,7 +142,7 @@ def main(command: Sequence[str]) -> int:
         process.wait()
         raise
     finally:
-        end(process)
+        end(process, prefix)
 
 
 if __name__ == "__main__":
