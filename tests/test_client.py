@@ -220,6 +220,21 @@ def test_what_is_no_list_of_strings(rank: Rank, documents: object, message: str)
         rank("query", documents)
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [([], "no URL"), (["127.0.0.1:8001", "no.such.host.invalid:8001"], "has no known host")],
+)
+def test_urls_that_lead_nowhere(url: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RerankClient(url)
+
+
+def test_half_a_pair_of_key_and_certificate(tmp_path: Path) -> None:
+    for half in (TLS(private_key=tmp_path), TLS(certificate_chain=tmp_path)):
+        with pytest.raises(ValueError, match="together"):
+            RerankClient("127.0.0.1:8001", tls=half)
+
+
 def test_a_list_with_tls_needs_the_name_in_the_certificates() -> None:
     urls = ["127.0.0.1:8001", "127.0.0.2:8001"]
     with pytest.raises(ValueError, match="server_name"):

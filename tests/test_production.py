@@ -308,6 +308,12 @@ def test_without_a_certificate_nobody_gets_in(
     with EmbeddedServer(replace(settings, arguments=arguments)) as server:
         with RerankClient(server.grpc_url, tls=known) as client:
             assert client.rank("tea", ["a car", "green tea"])[0].index == 1
+        files = [("root-certificates", "ca"), ("private-key", "client-key")]
+        files += [("certificate-chain", "client")]
+        command = [sys.executable, "-m", "tritonrank", "rank", "tea", "--url", server.grpc_url]
+        command += [f"--{option}={of[name]}" for option, name in files]
+        done = subprocess.run(command, input="a car\ngreen tea\n", capture_output=True, text=True)
+        assert done.stdout.splitlines()[1].endswith("green tea")
         for stranger in strangers:
             with (
                 RerankClient(server.grpc_url, tls=stranger, timeout=3) as client,

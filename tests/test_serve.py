@@ -204,6 +204,30 @@ def test_port_in_use_is_one_clear_line(int8_repository: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key", "message"),
+    [
+        (["--grpc-port", "99999"], None, "cannot listen on 127.0.0.1:99999"),
+        (["--", "--http-port=1"], None, "--http-port=1 is not for passing on"),
+        ([], "", "must hold one key"),
+        ([], "two words", "must hold one key"),
+        ([], None, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_served_is_one_clear_line(
+    arguments: list[str], key: str | None, message: str, int8_repository: Path, tmp_path: Path
+) -> None:
+    if key is not None:
+        (tmp_path / "key").write_text(key)
+    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
+    command = [*TRITONRANK, "serve", f"--model-repository={int8_repository}", *ports, *arguments]
+    environment = {} if arguments else {"TRITONRANK_ADMIN_KEY_FILE": str(tmp_path / "key")}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 1
+    assert re.search(f"^tritonrank: .*{message}", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+
+
 def test_missing_model_is_one_clear_line(tmp_path: Path) -> None:
     repository = new_repository(tmp_path / "repository")
     for folder, message in [(repository, "run `tritonrank export`"), (tmp_path, "no model repos")]:

@@ -9,8 +9,10 @@ import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 from .client import RerankClient
+from .connection import TLS
 from .errors import RerankError
 from .table import format_table
 
@@ -78,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         help="gRPC address of the server, more than once for several (default 127.0.0.1:8001)",
     )
     rank.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+    tls = rank.add_argument_group("TLS", "PEM files, any of which asks for it.")
+    for name in ("root-certificates", "private-key", "certificate-chain"):
+        tls.add_argument(f"--{name}", type=Path, metavar="FILE")
     for name, (_, text) in SERVER_COMMANDS.items():
         commands.add_parser(name, help=text)
     return parser
@@ -85,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rank(arguments: argparse.Namespace) -> int:
     documents = _lines(arguments.file)
-    with RerankClient(arguments.url or "127.0.0.1:8001", timeout=arguments.timeout) as client:
+    url = arguments.url or "127.0.0.1:8001"
+    tls = TLS(arguments.root_certificates, arguments.private_key, arguments.certificate_chain)
+    tls_or_none = None if tls == TLS() else tls
+    with RerankClient(url, timeout=arguments.timeout, tls=tls_or_none) as client:
         ranking = client.rank(arguments.query, documents, arguments.top_k)
     if arguments.json:
         print(json.dumps([asdict(each) for each in ranking], ensure_ascii=False, indent=2))

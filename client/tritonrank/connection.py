@@ -73,7 +73,13 @@ class TLS:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """The files' content as gRPC takes it."""
+        """The files' content as gRPC takes it.
+
+        Raises:
+            ValueError: a key without its certificate, or the other way round.
+        """
+        if bool(self.private_key) != bool(self.certificate_chain):
+            raise ValueError("pass private_key and certificate_chain together")
         paths = (self.root_certificates, self.private_key, self.certificate_chain)
         return grpc.ssl_channel_credentials(*(path and Path(path).read_bytes() for path in paths))
 
@@ -100,9 +106,11 @@ def _target(url: str | Sequence[str]) -> str:
             and go; several are looked up once, here, since gRPC takes only addresses in a list.
 
     Raises:
-        ValueError: a URL with a scheme, as HTTP has.
+        ValueError: no URL, one with a scheme, as HTTP has, or in a list one of no known host.
     """
     urls = [url] if isinstance(url, str) else list(url)
+    if not urls:
+        raise ValueError("no URL: pass HOST:PORT of the gRPC service")
     for each in urls:
         if "://" in each:
             raise ValueError(f"{each} has a scheme: pass HOST:PORT of the gRPC service")
@@ -115,7 +123,10 @@ def _target(url: str | Sequence[str]) -> str:
 
 def _addresses(url: str) -> list[str]:
     host, _, port = url.rpartition(":")
-    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ValueError(f"{url} has no known host: {error.strerror}") from error
     # One family, since a list may not mix them: the first that the system prefers.
     family = found[0][0]
     form = "[{}]:{}" if family == socket.AF_INET6 else "{}:{}"

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 MEASURE = "make loadtest URL=HOST:8001 ARGS='--workload search'"
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tokens", type=_positive, help="of a query with a document; default: as in the load test"
     )
     parser.add_argument("--utilisation", type=_share, default=0.7, help="of each server's knee")
-    parser.add_argument("--spare", type=int, default=1, help="servers that may be down at the peak")
+    parser.add_argument("--spare", type=_count, default=1, help="that may be down at the peak")
     arguments = parser.parse_args(argv)
     try:
         report = json.loads(arguments.report.read_text())
@@ -77,14 +78,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError("pass a number above 0")
-    return value
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError("pass a share above 0 and below 1, such as 0.7")
+    return _number(text, lambda value: 0 < value < 1, "a share above 0 and below 1, such as 0.7")
+
+
+def _count(text: str) -> int:
+    return int(_number(text, lambda value: value >= 0 and value.is_integer(), "0, 1, 2 …"))
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
     return value

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from . import assets
 from .numpy2 import SWITCH
-from .supervise import BackendDied, end, restrictions, shared_memory, wait
+from .supervise import BackendDied, KeyFileError, end, restrictions, shared_memory, wait
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
@@ -33,11 +33,17 @@ START_TIMEOUT = 120.0
 #: Starts a command that Linux stops when this process dies, even by SIGKILL; see prctl(2). Not by
 #: a function between fork and exec: where gRPC is at work, its own such functions may abort.
 DYING_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
+#: Of tritonserver's arguments, those that this sets, and by which it sees that the server is ready.
+OWN = (
+    *("--model-repository", "--model-store", "--allow-grpc", "--allow-http", "--allow-metrics"),
+    *("--grpc-address", "--grpc-port", "--http-address", "--http-port"),
+    *("--metrics-address", "--metrics-port"),
+)
 #: What Triton reports of a machine without a GPU, of the folders of exports, and of being stopped.
 HARMLESS = (
     b"CUDA driver",
     b"CudaDriverHelper",
-    b"pinned",
+    b"pinned system memory",
     b"ignore version directory",
 )
 
@@ -93,6 +99,9 @@ class EmbeddedServer:
         for package in ("onnxruntime", "tokenizers"):  # Else it is the stubs that miss them.
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"no package {package}", name=package)
+        for argument in self._settings.arguments:
+            if argument.startswith(OWN):
+                raise ServerError(f"{argument} is not for passing on: serve has its own option")
         repository = self._settings.model_repository
         home = assets.tritonserver()
         _check_repository(repository, home)
@@ -216,9 +225,9 @@ def _free_ports(settings: Settings) -> list[int]:
         for port in (settings.grpc_port, settings.http_port, settings.metrics_port):
             sockets.append(socket.create_server((settings.host, port)))
         return [each.getsockname()[1] for each in sockets]
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise ServerError(
-            f"cannot listen on {settings.host}:{port} ({error.strerror}): choose another port"
+            f"cannot listen on {settings.host}:{port} ({error}): choose another port"
         ) from error
     finally:
         for each in sockets:
@@ -322,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         return _serve(settings)
-    except (ServerError, BackendDied, assets.AssetError) as error:
+    except (ServerError, BackendDied, KeyFileError, assets.AssetError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

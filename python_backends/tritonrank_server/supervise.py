@@ -8,6 +8,7 @@ since it is also the way to run NVIDIA's own image.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -29,6 +30,10 @@ KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
 
 #: The name of the Python backend's processes, as far as Linux keeps it.
 STUB = "triton_python_backend_stub"[:15]
+
+
+class KeyFileError(RuntimeError):
+    """The administrators' key cannot be used; the message says why."""
 
 
 class BackendDied(RuntimeError):
@@ -108,15 +113,35 @@ def restrictions(arguments: Sequence[str]) -> list[str]:
 
     Args:
         arguments: the others.
+
+    Raises:
+        KeyFileError: the key cannot be read, or is none that Triton can take.
     """
-    path = os.environ.get(KEY_FILE)
-    key = Path(path).read_text().strip() if path else secrets.token_urlsafe()
-    tls = any(each.startswith("--grpc-use-ssl") for each in arguments)
+    key = _key()
+    tls = any(
+        each.startswith("--grpc-use-ssl") and not each.endswith(("=false", "=0"))
+        for each in arguments
+    )
     http = f"{ADMINISTRATION},{USE}" if tls else ADMINISTRATION
     return [
         f"--http-restricted-api={http}:{HEADER}={key}",
         f"--grpc-restricted-protocol={ADMINISTRATION}:{HEADER}={key}",
     ]
+
+
+def _key() -> str:
+    path = os.environ.get(KEY_FILE)
+    if not path:
+        return secrets.token_urlsafe()
+    try:
+        key = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{KEY_FILE} names {path}, which cannot be read: {error}") from error
+    if not re.fullmatch(r"[\w.~+/-]+", key, re.ASCII):
+        raise KeyFileError(
+            f"{path}, which {KEY_FILE} names, must hold one key of letters, digits and . ~ + / - _"
+        )
+    return key
 
 
 def main(command: Sequence[str]) -> int:
@@ -127,9 +152,12 @@ def main(command: Sequence[str]) -> int:
     # In a pod, what a killed container left is still there, and this is process 1 again.
     prefix = f"tritonrank-{os.getpid()}-"
     free(prefix)
-    process = subprocess.Popen(
-        [*command, shared_memory(prefix), *restrictions(command)], start_new_session=True
-    )
+    try:
+        own = [shared_memory(prefix), *restrictions(command)]
+        process = subprocess.Popen([*command, *own], start_new_session=True)
+    except (KeyFileError, OSError) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: sys.exit())
     try:
