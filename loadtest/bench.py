@@ -124,7 +124,9 @@ def prepare() -> None:
     onnx.save(default_model.int8_graph(), MODELS / "wheel.onnx")
     graph = default_model.fp32_graph()
     onnx.save(graph, MODELS / "padded.onnx")
-    onnx.save(ragged(graph, default_model.ACTIVATION), MODELS / "ragged.onnx")
+    onnx.save(
+        ragged(graph, default_model.ACTIVATION, default_model.MAX_LENGTH), MODELS / "ragged.onnx"
+    )
     _lengthen(graph, 8)
     onnx.save(graph, MODELS / "padded-4096.onnx")
     for precision in ("fp32", "fp16" if GPU else "int8"):

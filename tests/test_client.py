@@ -222,11 +222,28 @@ def test_what_is_no_list_of_strings(rank: Rank, documents: object, message: str)
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [([], "no URL"), (["127.0.0.1:8001", "no.such.host.invalid:8001"], "has no known host")],
+    [
+        ([], "no URL"),
+        (["one.invalid:8001", "other.invalid:8001"], "no host is known"),
+        (["127.0.0.1:8001", "[::1]:8001"], "all IPv4, or all IPv6"),
+        ("127.0.0.1", "pass HOST:PORT"),
+        (["127.0.0.1:8001", "127.0.0.1:99999"], "127.0.0.1:99999 is no address"),
+    ],
 )
-def test_urls_that_lead_nowhere(url: list[str], message: str) -> None:
+def test_urls_that_lead_nowhere(url: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RerankClient(url)
+
+
+def test_a_name_without_an_address_is_left_out(url: str) -> None:
+    with RerankClient([url, "no.such.host.invalid:8001"]) as client:
+        assert client.rank("q", ["a"])
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), float("nan"), 1e30])
+def test_a_timeout_beyond_all_bounds(rank: Rank, timeout: float) -> None:
+    with pytest.raises(ValueError, match="pass seconds"):
+        rank("q", ["a"], timeout=timeout)
 
 
 def test_half_a_pair_of_key_and_certificate(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_nan_stays_in_its_document(tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     exported = onnx.load_from_string(
-        ragged(export_packed(PackedCrossEncoder(model, True)), "Sigmoid").SerializeToString()
+        ragged(export_packed(PackedCrossEncoder(model, True)), "Sigmoid", 512).SerializeToString()
     )
     for initializer in exported.graph.initializer:
         if initializer.name.endswith("word_embeddings.weight"):
@@ -256,12 +256,32 @@ def test_lengths_that_do_not_add_up_shift_no_neighbour(
     }
     [logits] = session.run(["logits"], feed | {"lengths": np.array([[5], [5], [7]], np.int32)})
     assert np.isfinite(logits).all()
+    untrue = np.array(lengths, np.int32)[:, None]
+    assert_refused(session, feed | {"lengths": untrue})
+
+
+def assert_refused(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> None:
     try:
-        untrue = np.array(lengths, np.int32)[:, None]
-        [logits] = session.run(["logits"], feed | {"lengths": untrue})
+        [logits] = session.run(["logits"], feed)
     except (Fail, InvalidArgument, RuntimeException):
         return
     assert np.isnan(logits).all()
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_documents_longer_than_the_model(form: str, request: pytest.FixtureRequest) -> None:
+    repository = request.getfixturevalue({"padded": "int8", "packed": "fp32"}[form] + "_repository")
+    session = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
+    for longest, fits in ((512, True), (513, False), (100_000, False)):
+        feed = {
+            "input_ids": np.full(longest + 2, 1000, np.int32),
+            "lengths": np.array([[longest], [2]], np.int32),
+            "query_lengths": np.array([[1], [1]], np.int32),
+        }
+        if fits:
+            assert np.isfinite(session.run(["logits"], feed)[0]).all()
+        else:
+            assert_refused(session, feed)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("int8", 0.1)])

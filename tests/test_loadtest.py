@@ -215,7 +215,10 @@ def test_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("22 servers: 20.00 for 10 requests/s of 100 doc")
     assert main([*command, "--tokens=9", "--documents=50"]) == 0
     assert capsys.readouterr().out.startswith("3 servers: 1.00 for 10 requests/s of 50 doc")
-    for content in ('{"steps": [], "knee": null}', "no JSON"):
+    odd = [{"tokens": 0, "documents": 1, "p95_ms": 1}, {"tokens": "x"}, {}]
+    reports = [{"steps": [each], "knee": 0, **facts} for each in odd]
+    reports += [{"steps": [knee], "knee": each, **facts} for each in (None, 7, "0")]
+    for content in (*map(json.dumps, reports), "no JSON", "[" * 100_000):
         report.write_text(content)
         assert main(command) == 1
         assert "measure one with make loadtest URL=" in capsys.readouterr().err

@@ -198,11 +198,10 @@ def container(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """One with an administrators' key, and connections that end every second."""
     folder = tmp_path_factory.mktemp("container")
     (folder / "key").write_text("secret\n")
-    cache = f"--cache-directory={assets.tritonserver() / 'caches'}"
     with running(
         image,
         folder / "log",
-        *("--grpc-max-connection-age=1000", cache, "--cache-config=local,size=1048576"),
+        "--grpc-max-connection-age=1000",
         TRITONRANK_ADMIN_KEY_FILE=str(folder / "key"),
     ) as container:
         yield container
@@ -240,19 +239,6 @@ def test_administration_needs_the_key(container: Container) -> None:
         for call in (client.unload_model, client.load_model):
             with pytest.raises(InferenceServerException, match="restricted"):
                 call("reranker")
-
-
-def test_repeated_requests_are_answered_from_memory(container: Container) -> None:
-    def hits() -> float:
-        text = _metrics(container.metrics_url)
-        return float(re.search(r"^nv_cache_num_hits_per_model{.*} (\S+)$", text, re.M)[1])  # type: ignore[index]
-
-    with RerankClient(container.grpc_url) as client:
-        first, before = client.rank("a query of its own", ["a", "b"]), hits()
-        assert client.rank("a query of its own", ["a", "b"]) == first
-        assert hits() == before + 1
-        assert client.rank("a query of its own", ["a", "b"], top_k=1) == first[:1]
-        assert hits() == before + 1
 
 
 def _metrics(url: str) -> str:

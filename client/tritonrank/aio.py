@@ -57,8 +57,9 @@ class AsyncRerankClient:
         request_id: str = "",
     ) -> list[RankedDocument]:
         """Ranks the documents; see ``RerankClient.rank``."""
-        protocol.check(documents, top_k)
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        timeout = self._timeout if timeout is None else timeout
+        protocol.check(documents, top_k, timeout)
+        deadline = time.monotonic() + timeout
         try:
             limit = await self._document_limit(deadline)
             bulk = bulk or len(documents) > limit

@@ -74,9 +74,11 @@ class RerankClient:
             RerankTimeoutError: the deadline passed.
             RerankError: any other failure.
             TypeError: ``documents`` is one string, or holds something else than strings.
+            ValueError: ``timeout`` is no number, or more than a year.
         """
-        protocol.check(documents, top_k)
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        timeout = self._timeout if timeout is None else timeout
+        protocol.check(documents, top_k, timeout)
+        deadline = time.monotonic() + timeout
         try:
             limit = self._document_limit(deadline)
             bulk = bulk or len(documents) > limit

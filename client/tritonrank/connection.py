@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,28 +106,38 @@ def _target(url: str | Sequence[str]) -> str:
             and go; several are looked up once, here, since gRPC takes only addresses in a list.
 
     Raises:
-        ValueError: no URL, one with a scheme, as HTTP has, or in a list one of no known host.
+        ValueError: no URL; one that is not ``HOST:PORT``; or a list of which no host is known, or
+            whose hosts have no kind of address, IPv4 or IPv6, in common.
     """
     urls = [url] if isinstance(url, str) else list(url)
-    if not urls:
-        raise ValueError("no URL: pass HOST:PORT of the gRPC service")
     for each in urls:
         if "://" in each:
             raise ValueError(f"{each} has a scheme: pass HOST:PORT of the gRPC service")
+        if not re.fullmatch(r".+:\d{1,5}", each) or int(each.rpartition(":")[2]) > 65535:
+            raise ValueError(f"{each} is no address: pass HOST:PORT of the gRPC service")
+    if not urls:
+        raise ValueError("no URL: pass HOST:PORT of the gRPC service")
     if len(urls) == 1:
         return f"dns:///{urls[0]}"
-    addresses = [address for each in urls for address in _addresses(each)]
-    version = ipaddress.ip_address(addresses[0].rpartition(":")[0].strip("[]")).version
-    return f"ipv{version}:{','.join(addresses)}"
+    # A server that is away for a moment may have no address.
+    found = [addresses for each in urls if (addresses := _addresses(each))]
+    if not found:
+        raise ValueError(f"{', '.join(urls)}: no host is known by these names")
+    for family in found[0]:  # As the system prefers.
+        if all(family in addresses for addresses in found):
+            return f"{family}:{','.join(each for addresses in found for each in addresses[family])}"
+    raise ValueError(f"{', '.join(urls)}: pass addresses that are all IPv4, or all IPv6")
 
 
-def _addresses(url: str) -> list[str]:
+def _addresses(url: str) -> dict[str, list[str]]:
+    """The addresses of a URL, by their kind in gRPC's words; none if the host is unknown."""
     host, _, port = url.rpartition(":")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise ValueError(f"{url} has no known host: {error.strerror}") from error
-    # One family, since a list may not mix them: the first that the system prefers.
-    family = found[0][0]
-    form = "[{}]:{}" if family == socket.AF_INET6 else "{}:{}"
-    return [form.format(*address[:2]) for kind, *_, address in found if kind == family]
+        every = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        return {}
+    found: dict[str, list[str]] = {}
+    for kind, *_, address in every:
+        family, form = ("ipv6", "[{}]:{}") if kind == socket.AF_INET6 else ("ipv4", "{}:{}")
+        found.setdefault(family, []).append(form.format(*address[:2]))
+    return found

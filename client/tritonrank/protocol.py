@@ -18,6 +18,8 @@ BULK_DOCUMENTS = 32
 #: The most parts of a call under way: enough for an execution while the next one waits, and few
 #: enough for a call that is given up, of which the server computes what it has.
 PARTS_UNDER_WAY = 16
+#: The longest timeout, in seconds.
+YEAR = 365 * 86400
 #: The server's level for what goes after everything else; 1 is the default.
 BULK_PRIORITY = 2
 
@@ -39,13 +41,16 @@ class RankedDocument:
     document: str
 
 
-def check(documents: Sequence[str], top_k: int | None) -> None:
+def check(documents: Sequence[str], top_k: int | None, timeout: float) -> None:
     """Refuses what would reach the server as something else than was meant.
 
     Raises:
         TypeError: one string in place of a sequence of them, a document that is no string, or a
             ``top_k`` that is no integer.
+        ValueError: a ``timeout`` that is no number, or longer than a year.
     """
+    if not timeout < YEAR:
+        raise ValueError(f"timeout is {timeout}: pass seconds, {YEAR} at most")
     if isinstance(documents, (str, bytes)):
         raise TypeError("documents is one string: pass a list of strings")
     for index, document in enumerate(documents):

@@ -52,8 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = json.loads(arguments.report.read_text())
         knee = report["steps"][report["knee"]]
-        measured, rate = knee["tokens"], knee["documents"]
-    except (OSError, ValueError, TypeError, KeyError):
+        measured, rate, p95 = (float(knee[name]) for name in ("tokens", "documents", "p95_ms"))
+        if not (0 < measured < math.inf and 0 < rate < math.inf):
+            raise ValueError("no throughput")
+        origin = (
+            f"server: {report['server']}, load generator: {report['hardware']['cpu']}, "
+            f"commit {report['commit']}, --workload {report['workload']}"
+        )
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         print(
             f"tritonrank: {arguments.report} has no knee of a server: measure one with {MEASURE}",
             file=sys.stderr,
@@ -67,10 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{math.ceil(needed) + arguments.spare} servers: {needed:.2f} for "
         f"{arguments.requests:g} requests/s of {arguments.documents:g} documents of {tokens:.0f} "
         f"tokens, and {arguments.spare} to spare\n"
-        f"measured: {measured:.0f} tokens/s at the knee, {rate:.0f} documents/s, "
-        f"--workload {report['workload']}, p95 {knee['p95_ms']:.0f} ms\n"
-        f"server: {report['server']}, load generator: {report['hardware']['cpu']}, commit "
-        f"{report['commit']}\n"
+        f"measured: {measured:.0f} tokens/s at the knee, {rate:.0f} documents/s, p95 {p95:.0f} ms\n"
+        f"{origin}\n"
         f"assumed: {arguments.utilisation:.0%} of the knee's load on each server, requests spread "
         "evenly, and work that grows with tokens alone, which a longer document's attention exceeds"
     )
@@ -78,11 +82,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _positive(text: str) -> float:
-    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+    return _number(text, lambda value: 0 < value < 1e12, "a number above 0")
 
 
 def _share(text: str) -> float:
-    return _number(text, lambda value: 0 < value < 1, "a share above 0 and below 1, such as 0.7")
+    return _number(
+        text, lambda value: 0.01 <= value < 1, "a share from 0.01 to below 1, such as 0.7"
+    )
 
 
 def _count(text: str) -> int:

@@ -59,7 +59,7 @@ def load(name: str, precision: str) -> Source:
     weights = _hash(model)  # Before they are halved.
     return Source(
         name=name,
-        graph=_graph(model, token_types, precision, _activation(config)),
+        graph=_graph(model, token_types, precision, _activation(config), max_length),
         tokenizer=backend,
         max_length=max_length,
         reference=_reference(name, tokenizer, max_length),
@@ -143,11 +143,12 @@ def _activation(config: PretrainedConfig) -> str:
 
 
 def _graph(
-    model: PreTrainedModel, token_types: bool, precision: str, activation: str
+    model: PreTrainedModel, token_types: bool, precision: str, activation: str, max_length: int
 ) -> onnx.ModelProto:
     if precision == "fp16":
         model.half()
-    graph = ragged(export_packed(PackedCrossEncoder(model, token_types)), activation)
+    body = export_packed(PackedCrossEncoder(model, token_types))
+    graph = ragged(body, activation, max_length)
     return quantised(graph) if precision == "int8" else graph
 
 

@@ -64,7 +64,7 @@ def int8_source() -> Source:
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
     return Source(
         name=NAME,
-        graph=quantised(ragged(fp32_graph(), ACTIVATION)),
+        graph=quantised(ragged(fp32_graph(), ACTIVATION, MAX_LENGTH)),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         reference=_fp32_logits(tokenizer),

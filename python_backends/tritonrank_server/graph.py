@@ -10,8 +10,9 @@ drops the -1 and finds each document by ``lengths``; all that depends on the dat
 a body has plain inputs only. The suffix computes the scores, in FP32.
 
 Triton lets anybody call an ensemble's steps themselves. Where ``lengths`` do not add up to the
-tokens, one request of a batch would have its neighbours read a wrong text, and huge ones would take
-gigabytes. Then all are taken as 1, and the execution fails or every logit is NaN.
+tokens, one request of a batch would have its neighbours read a wrong text, and documents longer
+than the model would take gigabytes. Then all lengths are taken as 1, and the execution fails or
+every logit is NaN.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ _COMMON = """
     add_up = Equal (told_tokens, tokens)
     shortest = ReduceMin <keepdims = 0> (told_size)
     none_is_empty = GreaterOrEqual (shortest, one)
-    is_true = And (add_up, none_is_empty)
+    told_longest = ReduceMax <keepdims = 0> (told_size)
+    most = Constant <value = int64 {MAX_LENGTH}> ()
+    none_is_long = LessOrEqual (told_longest, most)
+    none_is_odd = And (none_is_empty, none_is_long)
+    is_true = And (add_up, none_is_odd)
     size = Where (is_true, told_size, one)
     query_size = Cast <to = 7> (query_lengths)
     longest = ReduceMax <keepdims = 0> (size)
@@ -131,18 +136,20 @@ class Source:
     provenance: dict[str, str]
 
 
-def ragged(body: onnx.ModelProto, activation: str) -> onnx.ModelProto:
+def ragged(body: onnx.ModelProto, activation: str, max_length: int) -> onnx.ModelProto:
     """The body between prefix and suffix.
 
     Args:
         body: a graph with the inputs ``PADDED_INPUTS`` or ``PACKED_INPUTS`` and one output, FP32 or
             FP16 [N, 1].
+        max_length: the most tokens of a pair.
         activation: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
     """
     names = {value.name for value in body.graph.input}
     text, inputs = (
         (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
     )
+    text = text.replace("MAX_LENGTH", str(max_length))
     prefix, suffix = _parse(text, body), _parse(_SUFFIX % activation, body)
     *fed, is_true = [value.name for value in prefix.graph.output]
     model = compose.merge_models(

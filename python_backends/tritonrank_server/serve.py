@@ -25,7 +25,7 @@ from pathlib import Path
 
 from . import assets
 from .numpy2 import SWITCH
-from .supervise import BackendDied, KeyFileError, end, restrictions, shared_memory, wait
+from .supervise import OPTIONS, BackendDied, KeyFileError, end, restrictions, shared_memory, wait
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
@@ -74,7 +74,7 @@ class Settings:
 class EmbeddedServer:
     """A context manager: inside it the server is ready, after it the server is gone.
 
-    The server also stops when this process dies, however it dies.
+    The server also stops when this process dies, however it dies; or the thread that entered it.
 
     Attributes:
         grpc_url, http_url, metrics_url: ``HOST:PORT`` of each service.
@@ -129,13 +129,13 @@ class EmbeddedServer:
     def __exit__(self, *error: object) -> None:
         self._stop()
 
-    def wait(self) -> int:
+    def wait(self) -> int | None:
         """Blocks until the server ends by itself; gives its exit status.
 
         Raises:
             BackendDied: a process of its Python backend ended before it.
         """
-        return wait(self._process)
+        return wait(self._process, threading.Event())
 
     @property
     def pid(self) -> int:
@@ -149,8 +149,7 @@ class EmbeddedServer:
             "--model-config-name=cpu",
             f"--backend-directory={backends(home)}",
             shared_memory(self._shm_prefix),
-            # The configurations are complete; completing them would start every stub twice.
-            "--disable-auto-complete-config",
+            *OPTIONS,
             f"--grpc-address={host}",
             f"--grpc-port={grpc}",
             f"--http-address={host}",
@@ -159,8 +158,6 @@ class EmbeddedServer:
             f"--metrics-port={metrics}",
             "--allow-gpu-metrics=false",
             "--log-info=false",
-            # For --cache-config, with which repeated requests are answered from memory.
-            f"--cache-directory={home / 'caches'}",
             # As often as clients ask whether it is still there.
             "--grpc-http2-min-recv-ping-interval-without-data=4000",
             *restrictions(self._settings.arguments),

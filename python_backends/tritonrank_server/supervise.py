@@ -11,9 +11,10 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,10 @@ HEADER = "tritonrank-admin-key"
 KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
 
 
+#: The configurations are complete. Completing them starts processes that end again, as the dead do.
+OPTIONS = ("--disable-auto-complete-config",)
+#: How often the processes are looked at, in seconds.
+INTERVAL = 0.5
 #: The name of the Python backend's processes, as far as Linux keeps it.
 STUB = "triton_python_backend_stub"[:15]
 
@@ -40,18 +45,22 @@ class BackendDied(RuntimeError):
     """A process of Triton's Python backend died."""
 
 
-def wait(process: subprocess.Popen[bytes]) -> int:
-    """Blocks until ``tritonserver`` ends by itself; gives its exit status.
+def wait(process: subprocess.Popen[bytes], stop: threading.Event) -> int | None:
+    """Blocks until ``tritonserver`` ends by itself, or it is to stop.
+
+    Returns:
+        Its exit status, or None where it is to stop.
 
     Raises:
         BackendDied: one of those ended. Triton would fail for ever what it would answer.
     """
     seen: set[int] = set()
     while process.poll() is None:
+        if stop.wait(INTERVAL):
+            return None
         seen |= {pid for pid in _children(process.pid) if _comm(pid) == STUB}
         if not all(map(_runs, seen)):
             raise BackendDied("a process of Triton's Python backend died: start anew")
-        time.sleep(0.5)
     return process.returncode
 
 
@@ -150,25 +159,26 @@ def main(command: Sequence[str]) -> int:
     Then it answers what it has begun and takes no more, for 30 s at most, ``--exit-timeout-secs``.
     """
     # In a pod, what a killed container left is still there, and this is process 1 again.
-    prefix = f"tritonrank-{os.getpid()}-"
+    prefix = f"tritonrank-{socket.gethostname()}-{os.getpid()}-"
     free(prefix)
+    stop = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: stop.set())
     try:
-        own = [shared_memory(prefix), *restrictions(command)]
+        own = [shared_memory(prefix), *OPTIONS, *restrictions(command)]
         process = subprocess.Popen([*command, *own], start_new_session=True)
     except (KeyFileError, OSError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: sys.exit())
     try:
-        return wait(process)
+        status = wait(process, stop)
+        if status is None:
+            process.terminate()
+            status = process.wait()
+        return status
     except BackendDied as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
-    except SystemExit:
-        process.terminate()
-        process.wait()
-        raise
     finally:
         end(process, prefix)
 

@@ -75,6 +75,8 @@ class _Stage(ABC, Generic[Decoded, Result]):
         results = _attempt(self.run, batch)
         if not isinstance(results, pb_utils.TritonError):
             return results  # type: ignore[no-any-return]
+        if len(batch) == 1:
+            return [results]
         # Also an error of its own for each: Triton crashes on one that stands in two responses.
         return [_attempt(lambda one: self.run([one])[0], each) for each in batch]
 
