@@ -261,6 +261,20 @@ def test_the_end_of_a_container(image: Image, tmp_path: Path) -> None:
     assert not shared_memory(container.process.pid)
 
 
+def test_a_stop_at_the_start_is_not_lost(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    command = ["sh", "-c", f"touch {started}; exec sleep 60"]
+    supervise = [sys.executable, "-m", "tritonrank_server.supervise", *command]
+    with subprocess.Popen(supervise) as process:
+        while not started.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        family = descendants(process.pid)
+        process.terminate()
+        process.wait(10)
+    await_end(family)
+
+
 # Transport security.
 
 

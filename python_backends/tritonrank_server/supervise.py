@@ -27,8 +27,6 @@ USE = "inference,metadata,model-config,statistics"
 HEADER = "tritonrank-admin-key"
 #: Names the file with that key, in the environment. Without one nobody gets in.
 KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
-
-
 #: The configurations are complete. Completing them starts processes that end again, as the dead do.
 OPTIONS = ("--disable-auto-complete-config",)
 #: How often the processes are looked at, in seconds.
@@ -52,7 +50,7 @@ def wait(process: subprocess.Popen[bytes], stop: threading.Event) -> int | None:
         Its exit status, or None where it is to stop.
 
     Raises:
-        BackendDied: one of those ended. Triton would fail for ever what it would answer.
+        BackendDied: a process of its Python backend ended before it, whose requests would all fail.
     """
     seen: set[int] = set()
     while process.poll() is None:
