@@ -85,12 +85,9 @@ def packed(folder: Path) -> Score:
 
 def pipeline(folder: Path) -> Score:
     """This project's stages without Triton."""
-    from tritonrank_server.cross_encoder import CrossEncoder
     from tritonrank_server.pipeline import Pipeline
-    from tritonrank_server.tokenizer import PairTokenizer
 
-    tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents=1024)
-    ranker = Pipeline(tokenizer, CrossEncoder(folder / "model.onnx"))
+    ranker = Pipeline.of(folder, max_documents=1024)
 
     def score(query: str, documents: list[str]) -> Any:
         ranking = ranker.rank(query, documents)

@@ -27,11 +27,9 @@ from pathlib import Path
 
 import numpy as np
 from tritonrank import RerankClient, RerankError
-from tritonrank_server.cross_encoder import CrossEncoder
-from tritonrank_server.export import export
+from tritonrank_server.export import export, use
 from tritonrank_server.pipeline import Pipeline
 from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, ServerError, Settings
-from tritonrank_server.tokenizer import PairTokenizer
 
 from .bench import commit, hardware, new_repository
 from .sweep import metrics
@@ -133,13 +131,6 @@ class Fleet:
             self.restart(index)
 
 
-def use(repository: Path, export: str) -> None:
-    """Makes one of the published folders the current one, at once: what starts then serves it."""
-    link = repository / "cross_encoder" / ".current"
-    link.symlink_to(export)
-    link.replace(repository / "cross_encoder" / "current")
-
-
 class Load:
     """A context manager: inside it, clients call the servers without a pause.
 
@@ -202,9 +193,9 @@ class Load:
         return "" if right else "wrong answer"
 
 
-def questions(repository: Path, exports: Sequence[str]) -> list[Question]:
+def questions(exports: Path, names: Sequence[str]) -> list[Question]:
     """Small ones, with what the published folders answer without Triton."""
-    pipelines = {name: _pipeline(repository / "cross_encoder" / name) for name in exports}
+    pipelines = {name: Pipeline.of(exports / name, max_documents=10) for name in names}
     found = []
     for query, documents in islice(stream("autocomplete"), 24):
         logits = {}
@@ -213,12 +204,6 @@ def questions(repository: Path, exports: Sequence[str]) -> list[Question]:
             logits[name] = ranking.logits[np.argsort(ranking.indices)].tolist()
         found.append(Question(query, documents, logits))
     return found
-
-
-def _pipeline(folder: Path) -> Pipeline:
-    return Pipeline(
-        PairTokenizer(folder / "tokenizer.json", 1024), CrossEncoder(folder / "model.onnx")
-    )
 
 
 def scenario(
@@ -234,9 +219,8 @@ def scenario(
         seconds: how long each phase goes on when all is done; a server is frozen for thrice that.
     """
     old, new, both = {before}, {after}, {before, after}
-    broken = "export-broken"
-    repository = fleet.repository
-    asked = questions(repository, [before, after])
+    exports = fleet.repository / "cross_encoder"
+    asked = questions(exports, [before, after])
 
     def pause() -> None:
         time.sleep(seconds)
@@ -253,19 +237,19 @@ def scenario(
         fleet.signal(1, signal.SIGCONT)
 
     def updated(export: str) -> None:
-        use(repository, export)
+        use(exports / export)
         fleet.rolling_restart()
 
     def broken_update() -> None:
-        folder = repository / "cross_encoder" / broken
-        shutil.copytree(repository / "cross_encoder" / before, folder, dirs_exist_ok=True)
-        os.truncate(folder / "model.onnx", 1000)
-        use(repository, broken)
+        broken = exports / "export-broken"
+        shutil.copytree(exports / before, broken, dirs_exist_ok=True)
+        os.truncate(broken / "model.onnx", 1000)
+        use(broken)
         with suppress(ServerError):
             fleet.restart(0)
             raise AssertionError("an export that cannot be loaded was served")
         pause()
-        use(repository, before)
+        use(exports / before)
         fleet.restart(0)
 
     with Load(url, asked) as load:

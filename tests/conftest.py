@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from tritonrank_server.cross_encoder import CrossEncoder
 from tritonrank_server.export import export
 from tritonrank_server.pipeline import Pipeline
 from tritonrank_server.serve import EmbeddedServer, Settings
-from tritonrank_server.tokenizer import PairTokenizer
 
 from loadtest.bench import new_repository
 
@@ -34,8 +32,7 @@ def start(repository: Path) -> AbstractContextManager[EmbeddedServer]:
 
 def pipeline(repository: Path) -> Pipeline:
     """The same stages in this process, without Triton."""
-    tokenizer = PairTokenizer(repository / "tokenizer" / "1" / "tokenizer.json", MAX_DOCUMENTS)
-    return Pipeline(tokenizer, CrossEncoder(repository / "cross_encoder" / "1" / "model.onnx"))
+    return Pipeline.of(repository / "cross_encoder" / "current", MAX_DOCUMENTS)
 
 
 @pytest.fixture(scope="session")

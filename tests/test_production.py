@@ -42,10 +42,11 @@ from test_serve import await_end, descendants, shared_memory
 from tritonclient.utils import InferenceServerException
 from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
 from tritonrank_server import assets, serve
+from tritonrank_server.export import use
 from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
 
 from loadtest.bench import new_repository
-from loadtest.replicas import Fleet, Phase, nginx, scenario, use
+from loadtest.replicas import Fleet, Phase, nginx, scenario
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -592,7 +593,7 @@ def fleet(
     for name, source in (("int8", int8_repository), ("fp32", fp32_repository)):
         published = (source / "cross_encoder" / "current").resolve()
         shutil.copytree(published, repository / "cross_encoder" / f"export-{name}")
-    use(repository, "export-int8")
+    use(repository / "cross_encoder" / "export-int8")
     with Fleet(repository, 3) as fleet:
         yield fleet
 

@@ -235,6 +235,13 @@ def _staging_folder(models: Path) -> Path:
     return models / f".staging-{os.getpid()}"
 
 
+def use(folder: Path) -> None:
+    """Makes a published folder the current one, at once: what starts from now on serves it."""
+    link = folder.with_name(f".current-{os.getpid()}")
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name("current"))
+
+
 def _publish(staging: Path) -> Path:
     """Puts the staged folder in the place of the published one, which is kept for going back."""
     models = staging.parent
@@ -250,9 +257,7 @@ def _publish(staging: Path) -> Path:
     staging.chmod(0o755)
     if not folder.exists():
         staging.rename(folder)
-    link = models / f".current-{os.getpid()}"
-    link.symlink_to(folder.name)
-    link.replace(current)
+    use(folder)
     if (models / previous).exists():  # Else it is a slip of who went back by hand.
         for older in models.glob("export-*"):
             if older.name not in (folder.name, previous):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .cross_encoder import CrossEncoder, Work
 from .sorter import Ranking, rank
@@ -16,6 +17,12 @@ class Pipeline:
 
     tokenizer: PairTokenizer
     cross_encoder: CrossEncoder
+
+    @classmethod
+    def of(cls, folder: Path, max_documents: int) -> Pipeline:
+        """That of an export's folder."""
+        tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents)
+        return cls(tokenizer, CrossEncoder(folder / "model.onnx"))
 
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> Ranking:
         """One request of the ensemble; see ``tokenizer``, ``sorter`` for the errors it raises."""

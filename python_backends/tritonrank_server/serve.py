@@ -158,8 +158,6 @@ class EmbeddedServer:
             f"--metrics-port={metrics}",
             "--allow-gpu-metrics=false",
             "--log-info=false",
-            # As often as clients ask whether it is still there.
-            "--grpc-http2-min-recv-ping-interval-without-data=4000",
             *restrictions(self._settings.arguments),
             *self._settings.arguments,
         ]

@@ -27,8 +27,13 @@ USE = "inference,metadata,model-config,statistics"
 HEADER = "tritonrank-admin-key"
 #: Names the file with that key, in the environment. Without one nobody gets in.
 KEY_FILE = "TRITONRANK_ADMIN_KEY_FILE"
-#: The configurations are complete. Completing them starts processes that end again, as the dead do.
-OPTIONS = ("--disable-auto-complete-config",)
+#: What every server of this project has.
+OPTIONS = (
+    # The configurations are complete. Completing them starts processes that end, as the dead do.
+    "--disable-auto-complete-config",
+    # Clients ask every 5 s whether a server that owes them an answer is still there.
+    "--grpc-http2-min-recv-ping-interval-without-data=4000",
+)
 #: How often the processes are looked at, in seconds.
 INTERVAL = 0.5
 #: The name of the Python backend's processes, as far as Linux keeps it.
