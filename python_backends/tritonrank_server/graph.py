@@ -17,13 +17,15 @@ every logit is NaN.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import compose, parser
+from onnx import compose, helper, parser
+from onnxruntime.quantization.onnx_model import ONNXModel
 from tokenizers import Tokenizer
 
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
@@ -114,6 +116,12 @@ PACKED_INPUTS = (
     "first",
 )
 
+#: Operators that compute each token's row from its own row and constants.
+ROW_WISE = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Gelu", "Relu", "Tanh", "Cast"),
+    *("MatMul", "ReduceMean", "LayerNormalization"),
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -145,6 +153,7 @@ def ragged(body: onnx.ModelProto, activation: str, max_length: int) -> onnx.Mode
         max_length: the most tokens of a pair.
         activation: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
     """
+    body = _without_unread_rows(body)
     names = {value.name for value in body.graph.input}
     text, inputs = (
         (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
@@ -162,6 +171,45 @@ def ragged(body: onnx.ModelProto, activation: str, max_length: int) -> onnx.Mode
     model.opset_import.extend(body.opset_import)
     onnx.checker.check_model(model)
     return model
+
+
+def _without_unread_rows(body: onnx.ModelProto) -> onnx.ModelProto:
+    """The body with Gathers of tokens' rows before the row-wise operators that they came after.
+
+    The head reads one row a document, so what follows the last attention need compute no other.
+    """
+    body = copy.deepcopy(body)
+    model = ONNXModel(body)
+    constants = model.get_initializer_name_set()
+    constants |= {node.output[0] for node in body.graph.node if node.op_type == "Constant"}
+    of_tokens = helper.make_attribute("axis", 1)
+    gathers = [node for node in body.graph.node if node.op_type == "Gather"]
+    for gather in [node for node in gathers if of_tokens in node.attribute]:
+        users = model.input_name_to_nodes()
+        fewer = {gather.output[0]}  # Values that need those rows only.
+        for node in reversed(body.graph.node):
+            read_by = [user.output[0] for user in users.get(node.output[0], [])]
+            if _is_row_wise(node, constants) and read_by and fewer.issuperset(read_by):
+                fewer.add(node.output[0])
+        if gather.input[0] not in fewer:
+            continue
+        model.replace_input_of_all_nodes(gather.output[0], gather.input[0])
+        model.remove_node(gather)
+        for node in [node for node in body.graph.node if node.output[0] in fewer]:
+            for name in [name for name in node.input if name not in fewer | constants]:
+                early = f"{name}/read"
+                if early not in model.output_name_to_node():
+                    inputs = [name, gather.input[1]]
+                    model.add_node(helper.make_node("Gather", inputs, [early], axis=1))
+                model.replace_node_input(node, name, early)
+    model.topological_sort()
+    del body.graph.value_info[:]  # Of shapes that are no longer so.
+    return body
+
+
+def _is_row_wise(node: onnx.NodeProto, constants: set[str]) -> bool:
+    by_a_weight = node.op_type != "MatMul" or node.input[1] in constants
+    return node.op_type in ROW_WISE and by_a_weight
 
 
 def _parse(text: str, body: onnx.ModelProto) -> onnx.ModelProto:

@@ -111,7 +111,7 @@ class PackedCrossEncoder(nn.Module):
         hidden = base.encoder(
             hidden, attention_mask=None, slots=slots, row_lengths=row_lengths, unslots=unslots
         ).last_hidden_state
-        first_rows = hidden[0].index_select(0, first)[:, None]  # [N, 1, hidden]
+        first_rows = hidden.index_select(1, first).transpose(0, 1)  # [N, 1, hidden]
         pooler = getattr(base, "pooler", None)
         logits: Tensor = self.model.classifier(pooler(first_rows) if pooler else first_rows)
         return logits
