@@ -26,7 +26,6 @@ import onnxruntime as ort
 from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
-from tritonrank_server.graph import ragged
 from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
 
 from .anatomy import anatomy
@@ -102,6 +101,7 @@ def contestants(url: str | None) -> list[Contestant]:
             Contestant("peer:onnx", "peers", f"{own}, ONNX", own),
             Contestant("peer:onnx-int8", "peers", f"{own}, ONNX INT8", own),
             Contestant("peer:openvino", "peers", f"{own}, OpenVINO", own),
+            Contestant("peer:openvino-int8", "peers", f"{own}, OpenVINO INT8", own),
             Contestant("flashrank:", "peers", "plain ONNX Runtime, INT8 as published"),
             Contestant("openvino:", "peers", "our FP32 graph, OpenVINO for engine", own),
         ]
@@ -121,12 +121,13 @@ def prepare() -> None:
     if not checkpoint.exists():
         checkpoint.mkdir()
         default_model.write_checkpoint(checkpoint)
+    calibration = MODELS / "calibration" / "train.jsonl"  # Of queries that are not measured.
+    calibration.parent.mkdir(exist_ok=True)
+    texts = [text for each in requests(43)[-3:] for text in each.documents]
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     onnx.save(default_model.int8_graph(), MODELS / "wheel.onnx")
     graph = default_model.fp32_graph()
     onnx.save(graph, MODELS / "padded.onnx")
-    onnx.save(
-        ragged(graph, default_model.ACTIVATION, default_model.MAX_LENGTH), MODELS / "ragged.onnx"
-    )
     _lengthen(graph, 8)
     onnx.save(graph, MODELS / "padded-4096.onnx")
     for precision in ("fp32", "fp16" if GPU else "int8"):
