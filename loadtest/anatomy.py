@@ -1,25 +1,22 @@
-"""Where a request's time goes, and how near it comes to what the machine can do."""
+"""Where a request's time goes, and how near it comes to what the machine allows."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import tritonclient.grpc as triton
-from onnx import numpy_helper, parser
 from tokenizers import Tokenizer
 from tritonrank import RerankClient
 from tritonrank_server.cross_encoder import CrossEncoder, Work
-from tritonrank_server.default_model import CONFIG
 from tritonrank_server.tokenizer import PairTokenizer, Tokens
 
 from .data import Request
+from .limit import limit
 
 STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Documents that are ranked alone, of each request.
@@ -46,30 +43,30 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     direct = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
     bare.no_truncation()
-    encoded = [_encode(tokenizer, each.query, each.documents) for each in every]
+    encoded = [encode(tokenizer, each.query, each.documents) for each in every]
     parts: dict[str, list[float]] = {"bare": [], "tokenizer": [], "graph": [], "request": []}
     tokens_of_pairs = np.concatenate([tokens.lengths for tokens in encoded])
     limits: list[dict[str, float]] = []
     single: dict[str, list[float]] = {"direct": [], "triton": []}
     with RerankClient(url, timeout=600) as client:
         client.rank(every[0].query, every[0].documents)
-        before = _statistics(url)
+        before = _settled_statistics(url)
         for each, tokens in zip(every, encoded):
             parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
-            parts["tokenizer"].append(_ms(_encode, tokenizer, each.query, each.documents))
+            parts["tokenizer"].append(_ms(encode, tokenizer, each.query, each.documents))
             parts["graph"].append(_ms(scorer.score, [Work(tokens)]))
             parts["request"].append(_ms(client.rank, each.query, each.documents))
-            limits.append(_limit(round(np.mean(tokens_of_pairs))))
-        after = _statistics(url)
+            limits.append(limit(round(np.mean(tokens_of_pairs)), ("fp32", "int8")))
+        after = _settled_statistics(url)
         for each in every:
             some = each.documents[:SINGLES]
-            inputs = [_encode(tokenizer, each.query, [text]).inputs() for text in some]
+            inputs = [encode(tokenizer, each.query, [text]).inputs() for text in some]
             # Not by turns, since the threads of the former spin for a while after each.
             single["direct"] += [_ms(direct.run, None, feed) for feed in inputs]
             single["triton"] += [_ms(client.rank, each.query, [text]) for text in some]
     graph, request = np.array(parts["graph"]), np.array(parts["request"])
     # What the machine can do at its best moment: its speed drifts.
-    limit = {name: max(each[name] for each in limits) for name in limits[0]}
+    best = {name: max(each[name] for each in limits) for name in limits[0]}
     places = sum(tokens.input_ids.size for tokens in encoded)
     rate = len(every[0].documents) / (float(np.median(graph)) / 1000)
     stages = _stages(before, after, float(np.mean(request)))
@@ -89,12 +86,13 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
             "direct_ms": float(np.median(single["direct"])),
             "more_ms": float(np.median(np.subtract(single["triton"], single["direct"]))),
         },
-        "limit": limit | {"reached": rate / limit["int8_pairs_per_second"]},
+        "limit": best | {"reached": rate / best["int8_pairs_per_second"]},
         "real_tokens": float(tokens_of_pairs.sum() / places),
     }
 
 
-def _encode(tokenizer: PairTokenizer, query: str, documents: Sequence[str]) -> Tokens:
+def encode(tokenizer: PairTokenizer, query: str, documents: Sequence[str]) -> Tokens:
+    """One request, as the first stage has it."""
     pairs = tokenizer.read(query.encode(), [text.encode() for text in documents])
     return tokenizer.encode([pairs])[0]
 
@@ -106,6 +104,15 @@ def _ms(work: Callable[..., object], *arguments: object) -> float:
 
 
 Statistics = dict[str, dict[str, float]]
+
+
+def _settled_statistics(url: str) -> Statistics:
+    """Those after the last request, which Triton counts a moment after it has answered."""
+    previous, found = None, _statistics(url)
+    while found != previous:
+        time.sleep(0.1)
+        previous, found = found, _statistics(url)
+    return found
 
 
 def _statistics(url: str) -> Statistics:
@@ -134,62 +141,3 @@ def _stages(before: Statistics, after: Statistics, request_ms: float) -> dict[st
         parts[model] = mean(model, "success") - mean(model, "queue")
     parts["client and transport"] = request_ms - sum(parts.values())
     return parts
-
-
-def _limit(length: int) -> dict[str, float]:
-    """What the matrix products of a pair would take alone, on all cores, at each precision.
-
-    They are those of every layer's weights: query, key, value and output [h, h], and the two of the
-    feed-forward network, [h, f] and [f, h].
-    """
-    hidden, wide = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    layers = CONFIG["num_hidden_layers"]
-    shapes = [(hidden, hidden)] * 4 + [(hidden, wide), (wide, hidden)]
-    flop = layers * sum(2 * length * k * n for k, n in shapes)
-    result = {"tokens": length, "gflop": flop / 1e9}
-    for precision in ("fp32", "int8"):
-        seconds = {shape: _product(length, *shape, precision) for shape in {*shapes}}
-        pair = layers * sum(seconds[shape] for shape in shapes)
-        result[f"{precision}_gflop_per_second"] = flop / pair / 1e9
-        result[f"{precision}_pairs_per_second"] = 1 / pair
-    return result
-
-
-_PRODUCTS = {
-    "fp32": ("MatMul (a, w)", "float", "float"),
-    "int8": ("MatMulInteger (a, w, zero)", "uint8", "int32"),
-}
-
-
-def _product(m: int, k: int, n: int, precision: str) -> float:
-    """Seconds of one product [m, k] · [k, n] in ONNX Runtime, as all cores together do them."""
-    formula, kind, result = _PRODUCTS[precision]
-    model = parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 17]>'
-        f"product ({kind}[m, {k}] a) => ({result}[m, {n}] y) {{ y = {formula} }}"
-    )
-    source = np.random.default_rng(0)
-    weight = source.integers(-64, 64, (k, n))
-    kind_of_weight = np.float32 if precision == "fp32" else np.int8
-    constants = {"w": weight.astype(kind_of_weight)}
-    if precision == "int8":
-        constants["zero"] = np.array(128, np.uint8)
-    model.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in constants.items()
-    )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    a = source.integers(0, 255, (m, k)).astype(np.float32 if precision == "fp32" else np.uint8)
-    times, threads = 100, len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool:
-
-        def one_core(_: int) -> None:
-            for _ in range(times):
-                session.run(None, {"a": a})
-
-        def all_cores() -> None:
-            list(pool.map(one_core, range(threads)))
-
-        all_cores()
-        return min(_ms(all_cores) for _ in range(3)) / 1000 / (times * threads)

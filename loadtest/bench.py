@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
 from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
+from tritonrank_server.tokenizer import PairTokenizer
 
-from .anatomy import anatomy
+from .anatomy import anatomy, encode
 from .data import DL19, Request, ndcg_at_10, requests
 from .growth import growth, queue_delay
+from .limit import GPU, limit
 
 HERE = Path(__file__).parent
-GPU = "CUDAExecutionProvider" in ort.get_available_providers()
 #: The contestant whose logits are the others' measure.
 REFERENCE = "packed:fp32"
 MODELS = HERE / "models"
@@ -319,6 +319,15 @@ def serving(url: str | None, repository: Path) -> Iterator[str | None]:
         yield server.grpc_url
 
 
+def limit_of_gpu(every: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The rates of matrix products alone, and how much of FP16's the ladder reaches."""
+    tokenizer = PairTokenizer(MODELS / "fp32" / "tokenizer.json", 1024)
+    lengths = [encode(tokenizer, each.query, each.documents).lengths for each in every]
+    best = limit(round(np.mean(np.concatenate(lengths))), ("fp32", "fp16"))
+    [rate] = [each["pairs_per_second"]["median"] for each in rows if each["label"] == "FP16"]
+    return best | {"reached": rate / best["fp16_pairs_per_second"]}
+
+
 def main() -> int:
     """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -345,6 +354,9 @@ def main() -> int:
             _say(f"The reference failed: {'; '.join(result['left_out'])}")
             return 1
         result["rows"] = [row(each, every, reference) for each in rows if each.seconds]
+        if GPU:
+            _say("What the GPU allows …")
+            result["limit"] = limit_of_gpu(every, result["rows"])
         if url:
             _say("More documents, longer ones, more clients …")
             result["growth"] = growth(url, MODELS / precision / "tokenizer.json", every)

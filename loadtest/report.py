@@ -42,6 +42,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
     parts.append(", ".join(f"{name} {v}" for name, v in sorted(versions_of_peers.items())) + ".")
     if result["left_out"]:
         parts.append("Left out: " + "; ".join(result["left_out"]) + ".")
+    parts += [_limit(result["limit"])] if "limit" in result else []
     parts += _anatomy(result["anatomy"]) if "anatomy" in result else []
     parts += _growth(result["growth"]) if "growth" in result else []
     parts += _delay(result["queue_delay"]) if "queue_delay" in result else []
@@ -72,8 +73,7 @@ def _number(value: float) -> str:
 
 
 def _anatomy(anatomy: dict[str, Any]) -> list[str]:
-    limit, tokenizer = anatomy["limit"], anatomy["tokenizer"]
-    single = anatomy["single_document"]
+    tokenizer, single = anatomy["tokenizer"], anatomy["single_document"]
     stages = [(stage, f"{ms:.1f}") for stage, ms in anatomy["stages"].items()]
     return [
         f"A request of {anatomy['documents']} documents takes {anatomy['request_ms']:.0f} ms with "
@@ -86,15 +86,24 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
         f"- A lone document takes {single['triton_ms']:.1f} ms through Triton, and "
         f"{single['direct_ms']:.1f} ms when ONNX Runtime is called directly: "
         f"{single['more_ms']:+.1f} ms (median of the differences).\n"
-        f"- The machine's limit: the matrix products of a pair of {limit['tokens']:.0f} tokens are "
-        f"{limit['gflop']:.1f} GFLOP. Alone they run at {limit['fp32_gflop_per_second']:.0f} "
-        f"GFLOP/s in FP32, {limit['fp32_pairs_per_second']:.0f} pairs/s, and at "
-        f"{limit['int8_gflop_per_second']:.0f} in INT8, {limit['int8_pairs_per_second']:.0f} "
-        f"pairs/s; the graph reaches {100 * limit['reached']:.0f} % of that (over 100 where the "
-        "machine's speed drifted between the two).\n"
+        f"{_limit(anatomy['limit'])}\n"
         f"- Padded to the longest of each request, {100 * anatomy['real_tokens']:.0f} % of the "
         "places would be real tokens; here all are.",
     ]
+
+
+def _limit(limit: dict[str, Any]) -> str:
+    rates = [
+        f"at {limit[f'{precision}_gflop_per_second']:.0f} GFLOP/s in {precision.upper()}, "
+        f"{limit[f'{precision}_pairs_per_second']:.0f} pairs/s"
+        for precision in ("fp32", "fp16", "int8")
+        if f"{precision}_pairs_per_second" in limit
+    ]
+    return (
+        f"- The machine's limit: the matrix products of a pair of {limit['tokens']:.0f} tokens are "
+        f"{limit['gflop']:.1f} GFLOP. One after another, with nothing between them, they run "
+        f"{' and '.join(rates)}. The graph reaches {100 * limit['reached']:.0f} % of the latter."
+    )
 
 
 def _growth(growth: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -135,6 +135,28 @@ def test_a_request_taken_apart(int8_repository: Path, sample: list[tuple[str, li
     assert parts["limit"]["reached"] > 0.1
 
 
+def test_the_share_of_what_a_gpu_allows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sample: list[tuple[str, list[str]]],
+    fp32_repository: Path,
+) -> None:
+    monkeypatch.setattr(bench, "MODELS", tmp_path)
+    (tmp_path / "fp32").symlink_to((fp32_repository / "cross_encoder" / "current").resolve())
+    every = [Request(query, texts, [], []) for query, texts in sample]
+    rows = [{"label": "FP16", "pairs_per_second": {"median": 7}}]
+    found = bench.limit_of_gpu(every, rows)
+    assert found["reached"] == 7 / found["fp16_pairs_per_second"]
+    for precision in ("fp32", "fp16"):
+        flop = found["gflop"] * found[f"{precision}_pairs_per_second"]
+        assert flop == pytest.approx(found[f"{precision}_gflop_per_second"])
+    # Twelve layers, of which each multiplies a token by 12 · 384² weights.
+    assert found["gflop"] == 12 * 2 * found["tokens"] * 12 * 384**2 / 1e9
+    text = report._limit(found)
+    assert "in FP32" in text
+    assert "in FP16" in text
+
+
 def test_growth(
     monkeypatch: pytest.MonkeyPatch,
     int8_server: EmbeddedServer,
