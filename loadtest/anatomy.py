@@ -21,6 +21,8 @@ from .limit import limit
 STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Documents that are ranked alone, of each request.
 SINGLES = 5
+#: How often a request is tokenized.
+TURNS = 5
 
 
 def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
@@ -52,8 +54,9 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
         client.rank(every[0].query, every[0].documents)
         before = _settled_statistics(url)
         for each, tokens in zip(every, encoded):
-            parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
-            parts["tokenizer"].append(_ms(encode, tokenizer, each.query, each.documents))
+            for _ in range(TURNS):
+                parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
+                parts["tokenizer"].append(_ms(encode, tokenizer, each.query, each.documents))
             parts["graph"].append(_ms(scorer.score, [Work(tokens)]))
             parts["request"].append(_ms(client.rank, each.query, each.documents))
             limits.append(limit(round(np.mean(tokens_of_pairs)), ("fp32", "int8")))

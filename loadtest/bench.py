@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -195,7 +195,10 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             contestant.versions = json.loads(line)
             yield process
         finally:
-            process.stdin.close()  # At which it ends.
+            process.stdin.close()  # At which it ends, unless a library of its hangs then.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
 
 
 def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> list[str]:

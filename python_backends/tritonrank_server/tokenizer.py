@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -138,19 +139,21 @@ class PairTokenizer:
 
     def _assemble(self, query_ids: Int32, documents: list[list[int]]) -> Tokens:
         room = self._max_length - len(query_ids) - len(self._suffix)
-        rows = [document[:room] + self._suffix for document in documents]
-        tails = np.array([len(row) for row in rows], np.int32)
-        input_ids = np.full((len(rows), len(query_ids) + tails.max()), FILL, np.int32)
+        truncated = sum(len(document) > room for document in documents)
+        for document in documents:
+            document[room:] = self._suffix
+        tails = np.array([len(document) for document in documents], np.int32)
+        input_ids = np.full((len(documents), len(query_ids) + tails.max()), FILL, np.int32)
         input_ids[:, : len(query_ids)] = query_ids
-        # Row-major order of the mask is the order of the concatenated rows.
-        input_ids[:, len(query_ids) :][np.arange(tails.max()) < tails[:, None]] = np.concatenate(
-            rows
-        )
+        # Row-major order of the mask is the order of the concatenated documents.
+        real = np.arange(tails.max()) < tails[:, None]
+        every = np.fromiter(chain.from_iterable(documents), np.int32, tails.sum())
+        input_ids[:, len(query_ids) :][real] = every
         return Tokens(
             input_ids,
             lengths=len(query_ids) + tails,
             query_lengths=np.full_like(tails, len(query_ids)),
-            truncated=sum(len(document) > room for document in documents),
+            truncated=truncated,
         )
 
 
