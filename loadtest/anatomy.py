@@ -64,8 +64,12 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
         for each in every:
             some = each.documents[:SINGLES]
             inputs = [encode(tokenizer, each.query, [text]).inputs() for text in some]
-            # Not by turns, since the threads of the former spin for a while after each.
+            # Not by turns, since the threads of the former spin for a while after each. The first
+            # of each warms up.
+            direct.run(None, inputs[0])
             single["direct"] += [_ms(direct.run, None, feed) for feed in inputs]
+            time.sleep(0.5)
+            client.rank(each.query, some[:1])
             single["triton"] += [_ms(client.rank, each.query, [text]) for text in some]
     graph, request = np.array(parts["graph"]), np.array(parts["request"])
     # What the machine can do at its best moment: its speed drifts.
@@ -121,14 +125,19 @@ def _settled_statistics(url: str) -> Statistics:
 def _statistics(url: str) -> Statistics:
     """Milliseconds and requests since the start, of each model, from Triton."""
     with triton.InferenceServerClient(url) as client:
-        every = client.get_inference_statistics().model_stats
-    return {
-        each.name: {
-            "success": each.inference_stats.success.ns / 1e6,
-            "queue": each.inference_stats.queue.ns / 1e6,
-            "count": each.inference_stats.success.count,
+        every = {
+            each.name: each.inference_stats
+            for each in client.get_inference_statistics().model_stats
         }
-        for each in every
+    return {
+        name: {
+            # Not "success", which lasts until the request is freed, after its answer.
+            "compute": (each.compute_input.ns + each.compute_infer.ns + each.compute_output.ns)
+            / 1e6,
+            "queue": each.queue.ns / 1e6,
+            "count": each.success.count,
+        }
+        for name, each in every.items()
     }
 
 
@@ -141,6 +150,6 @@ def _stages(before: Statistics, after: Statistics, request_ms: float) -> dict[st
 
     parts = {"queue": sum(mean(model, "queue") for model in STAGES)}
     for model in STAGES:
-        parts[model] = mean(model, "success") - mean(model, "queue")
+        parts[model] = mean(model, "compute")
     parts["client and transport"] = request_ms - sum(parts.values())
     return parts
