@@ -116,7 +116,9 @@ Statistics = dict[str, dict[str, float]]
 def _settled_statistics(url: str) -> Statistics:
     """Those after the last request, which Triton counts a moment after it has answered."""
     previous, found = None, _statistics(url)
-    while found != previous:
+    for _ in range(20):  # Not for ever, since the server may have other clients.
+        if found == previous:
+            break
         time.sleep(0.1)
         previous, found = found, _statistics(url)
     return found

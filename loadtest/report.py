@@ -31,15 +31,15 @@ def markdown(result: dict[str, Any], name: str) -> str:
     parts = [
         f"**{hardware['gpu'] or cpu}**, {result['data']}, {result['queries']} queries, with "
         f"{versions}, commit {result['commit']}. Medians over requests, and from the slowest to "
-        "the fastest. Rows of fewer pairs had fewer requests, since all would take too long, and "
-        'so no nDCG. Errors are against the row "packed".',
+        "the fastest. Rows of fewer pairs had fewer requests, and so no nDCG. "
+        'Errors are against the row "packed".',
         f"![Pairs a second](loadtest/results/{name}.png)",
         _rates("step", [row for row in result["rows"] if row["table"] == "ladder"]),
         _rates("peer", [row for row in result["rows"] if row["table"] == "peers"]),
         f"![Latency against throughput](loadtest/results/{name}-latency.png)",
     ]
-    versions_of_peers = {name: v for row in result["rows"] for name, v in row["versions"].items()}
-    parts.append(", ".join(f"{name} {v}" for name, v in sorted(versions_of_peers.items())) + ".")
+    of_rows = {f"{name} {v}" for row in result["rows"] for name, v in row["versions"].items()}
+    parts.append(", ".join(sorted(of_rows)) + ".")
     if result["left_out"]:
         parts.append("Left out: " + "; ".join(result["left_out"]) + ".")
     parts += [_limit(result["limit"])] if "limit" in result else []
@@ -100,9 +100,10 @@ def _limit(limit: dict[str, Any]) -> str:
         if f"{precision}_pairs_per_second" in limit
     ]
     return (
-        f"- The machine's limit: the matrix products of a pair of {limit['tokens']:.0f} tokens are "
-        f"{limit['gflop']:.1f} GFLOP. One after another, with nothing between them, they run "
-        f"{' and '.join(rates)}. The graph reaches {100 * limit['reached']:.0f} % of the latter."
+        f"- The machine's limit: the products of a pair of {limit['tokens']:.0f} tokens by all "
+        f"layers' weights are {limit['gflop']:.1f} GFLOP. One after another, with nothing between "
+        f"them, they run {', and '.join(rates)}. The whole reaches {100 * limit['reached']:.0f} % "
+        "of the latter, though it leaves out most of the last layer's."
     )
 
 

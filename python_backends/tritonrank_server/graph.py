@@ -118,8 +118,8 @@ PACKED_INPUTS = (
 
 #: Operators that compute each token's row from its own row and constants.
 ROW_WISE = {
-    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Gelu", "Relu", "Tanh", "Cast"),
-    *("MatMul", "ReduceMean", "LayerNormalization"),
+    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Cast", "LayerNormalization"),
+    *("Erf", "Gelu", "Relu", "Sigmoid", "Tanh"),
 }
 
 
@@ -197,19 +197,26 @@ def _without_unread_rows(body: onnx.ModelProto) -> onnx.ModelProto:
         model.remove_node(gather)
         for node in [node for node in body.graph.node if node.output[0] in fewer]:
             for name in [name for name in node.input if name not in fewer | constants]:
-                early = f"{name}/read"
+                early = f"{name}/{gather.input[1]}"
                 if early not in model.output_name_to_node():
                     inputs = [name, gather.input[1]]
                     model.add_node(helper.make_node("Gather", inputs, [early], axis=1))
                 model.replace_node_input(node, name, early)
+        # Their shapes are no longer so. The others' stay, since ONNX Runtime does not find them
+        # behind MultiHeadAttention, and fuses only what it knows the shapes of.
+        kept = [each for each in body.graph.value_info if each.name not in fewer]
+        del body.graph.value_info[:]
+        body.graph.value_info.extend(kept)
     model.topological_sort()
-    del body.graph.value_info[:]  # Of shapes that are no longer so.
     return body
 
 
 def _is_row_wise(node: onnx.NodeProto, constants: set[str]) -> bool:
-    by_a_weight = node.op_type != "MatMul" or node.input[1] in constants
-    return node.op_type in ROW_WISE and by_a_weight
+    if node.op_type == "MatMul":
+        return node.input[1] in constants
+    if node.op_type == "ReduceMean":
+        return helper.make_attribute("axes", [-1]) in node.attribute
+    return node.op_type in ROW_WISE
 
 
 def _parse(text: str, body: onnx.ModelProto) -> onnx.ModelProto:
