@@ -144,8 +144,7 @@ def test_the_share_of_what_a_gpu_allows(
     monkeypatch.setattr(bench, "MODELS", tmp_path)
     (tmp_path / "fp32").symlink_to((fp32_repository / "cross_encoder" / "current").resolve())
     every = [Request(query, texts, [], []) for query, texts in sample]
-    rows = [{"label": "FP16", "pairs_per_second": {"median": 7}}]
-    found = bench.limit_of_gpu(every, rows)
+    found = bench.limit_of_gpu(every, 7)
     assert found["reached"] == 7 / found["fp16_pairs_per_second"]
     for precision in ("fp32", "fp16"):
         flop = found["gflop"] * found[f"{precision}_pairs_per_second"]

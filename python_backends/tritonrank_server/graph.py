@@ -178,37 +178,41 @@ def _without_unread_rows(body: onnx.ModelProto) -> onnx.ModelProto:
 
     The head reads one row a document, so what follows the last attention need compute no other.
     """
-    body = copy.deepcopy(body)
-    model = ONNXModel(body)
-    constants = model.get_initializer_name_set()
-    constants |= {node.output[0] for node in body.graph.node if node.op_type == "Constant"}
+    model = ONNXModel(copy.deepcopy(body))
     of_tokens = helper.make_attribute("axis", 1)
-    gathers = [node for node in body.graph.node if node.op_type == "Gather"]
+    gathers = [node for node in model.nodes() if node.op_type == "Gather"]
     for gather in [node for node in gathers if of_tokens in node.attribute]:
-        users = model.input_name_to_nodes()
-        fewer = {gather.output[0]}  # Values that need those rows only.
-        for node in reversed(body.graph.node):
-            read_by = [user.output[0] for user in users.get(node.output[0], [])]
-            if _is_row_wise(node, constants) and read_by and fewer.issuperset(read_by):
-                fewer.add(node.output[0])
-        if gather.input[0] not in fewer:
-            continue
-        model.replace_input_of_all_nodes(gather.output[0], gather.input[0])
-        model.remove_node(gather)
-        for node in [node for node in body.graph.node if node.output[0] in fewer]:
-            for name in [name for name in node.input if name not in fewer | constants]:
-                early = f"{name}/{gather.input[1]}"
-                if early not in model.output_name_to_node():
-                    inputs = [name, gather.input[1]]
-                    model.add_node(helper.make_node("Gather", inputs, [early], axis=1))
-                model.replace_node_input(node, name, early)
-        # Their shapes are no longer so. The others' stay, since ONNX Runtime does not find them
-        # behind MultiHeadAttention, and fuses only what it knows the shapes of.
-        kept = [each for each in body.graph.value_info if each.name not in fewer]
-        del body.graph.value_info[:]
-        body.graph.value_info.extend(kept)
+        _move_up(gather, model)
     model.topological_sort()
-    return body
+    return model.model
+
+
+def _move_up(gather: onnx.NodeProto, model: ONNXModel) -> None:
+    constants = model.get_initializer_name_set()
+    constants |= {node.output[0] for node in model.nodes() if node.op_type == "Constant"}
+    users = model.input_name_to_nodes()
+    fewer = {gather.output[0]}  # Values that need those rows only.
+    for node in reversed(model.nodes()):
+        read_by = [user.output[0] for user in users.get(node.output[0], [])]
+        if _is_row_wise(node, constants) and read_by and fewer.issuperset(read_by):
+            fewer.add(node.output[0])
+    if gather.input[0] not in fewer:
+        return
+    model.replace_input_of_all_nodes(gather.output[0], gather.input[0])
+    model.remove_node(gather)
+    row_wise = [node for node in model.nodes() if node.output[0] in fewer]
+    whole = [name for node in row_wise for name in node.input if name not in fewer | constants]
+    for name in dict.fromkeys(whole):
+        early = f"{name}/{gather.input[1]}"
+        for node in row_wise:
+            model.replace_node_input(node, name, early)
+        model.add_node(helper.make_node("Gather", [name, gather.input[1]], [early], axis=1))
+    # Their shapes are no longer so. The others' stay, since ONNX Runtime does not find them behind
+    # MultiHeadAttention, and fuses only what it knows the shapes of.
+    shapes = model.graph().value_info
+    kept = [shape for shape in shapes if shape.name not in fewer]
+    del shapes[:]
+    shapes.extend(kept)
 
 
 def _is_row_wise(node: onnx.NodeProto, constants: set[str]) -> bool:

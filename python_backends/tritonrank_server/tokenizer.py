@@ -141,7 +141,7 @@ class PairTokenizer:
         room = self._max_length - len(query_ids) - len(self._suffix)
         truncated = sum(len(document) > room for document in documents)
         for document in documents:
-            document[room:] = self._suffix
+            document[room:] = self._suffix  # Cut, and ended.
         tails = np.array([len(document) for document in documents], np.int32)
         input_ids = np.full((len(documents), len(query_ids) + tails.max()), FILL, np.int32)
         input_ids[:, : len(query_ids)] = query_ids
