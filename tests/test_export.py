@@ -33,11 +33,11 @@ from tokenizers import (
     trainers,
 )
 from tritonrank_server import assets, default_model
+from tritonrank_server import checkpoint as checkpoint_module
 from tritonrank_server import export as module
 from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
 from tritonrank_server.export import export
-from tritonrank_server.graph import ragged
-from tritonrank_server.packed import PackedCrossEncoder, export_packed
+from tritonrank_server.graph import PACKED, PADDED, ragged
 
 Sample = list[tuple[str, list[str]]]
 
@@ -216,17 +216,60 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     return graph.run(["logits"], tokens.inputs())[0][:, 0]
 
 
-def test_a_nan_stays_in_its_document(tmp_path: Path, sample: Sample) -> None:
+FORMS = {"padded": PADDED, "packed": PACKED}
+
+
+def in_form(checkpoint: Path, form: str, token_types: bool = True) -> onnx.ModelProto:
+    """The FP32 graph of a checkpoint, which export would quantise where it is padded."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    weights = checkpoint_module._weights(model)
+    architecture = checkpoint_module._architecture(model, token_types)
+    return ragged(weights, architecture, FORMS[form], "Sigmoid", 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_forms_compute_the_same(family: str, tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", family, sample, num_hidden_layers=3)
+    lengths = np.array([[5], [1], [64], [40]], np.int32)
+    # With padding tokens, which RoBERTa's positions leave out.
+    rows = np.random.default_rng(0).integers(0, 50, (4, 64)).astype(np.int32)
+    rows[np.arange(64) >= lengths] = -1
+    feed = {"input_ids": rows.ravel(), "lengths": lengths, "query_lengths": lengths // 2}
+    padded, packed = (
+        onnxruntime.InferenceSession(graph.SerializeToString()).run(["logits"], feed)[0]
+        for graph in (in_form(checkpoint, form, family == "bert") for form in FORMS)
+    )
+    assert np.ptp(packed) > 0.1
+    np.testing.assert_allclose(padded, packed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
+def test_other_activations(activation: str, tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample, hidden_act=activation)
+    repository = new_repository(tmp_path / "repository")
+    export(str(checkpoint), "fp32", repository)
+    expected = reference(checkpoint, *sample[0])
+    np.testing.assert_allclose(in_one_run(repository, *sample[0]), expected, rtol=0, atol=1e-4)
+
+
+def test_a_weight_without_a_place_is_refused_by_name(tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    exported = onnx.load_from_string(
-        ragged(export_packed(PackedCrossEncoder(model, True)), "Sigmoid", 512).SerializeToString()
-    )
-    for initializer in exported.graph.initializer:
-        if initializer.name.endswith("word_embeddings.weight"):
-            weights = onnx.numpy_helper.to_array(initializer).copy()
-            weights[7] = np.nan
-            initializer.CopyFrom(onnx.numpy_helper.from_array(weights, initializer.name))
+    weights = checkpoint_module._weights(model) | {"adapter.weight": np.ones((2, 2), np.float32)}
+    with pytest.raises(UnsupportedCheckpoint, match=r"no place is known for adapter\.weight"):
+        ragged(weights, checkpoint_module._architecture(model, True), PACKED, "Sigmoid", 64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nan_stays_in_its_document(form: str, tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
+    exported = in_form(checkpoint, form)
+    [words] = [
+        each for each in exported.graph.initializer if each.name.endswith("word_embeddings.weight")
+    ]
+    weights = onnx.numpy_helper.to_array(words).copy()
+    weights[7] = np.nan
+    words.CopyFrom(onnx.numpy_helper.from_array(weights, words.name))
     session = onnxruntime.InferenceSession(exported.SerializeToString())
     # Of three documents the first has the NaN and the second has padding.
     rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
@@ -292,7 +335,7 @@ def test_onnx_runtime_knows_enough_shapes_to_fuse(fp32_repository: Path, tmp_pat
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(options.optimized_model_filepath).graph
     operators = Counter(node.op_type for node in optimised.node)
-    # Two a layer, but where the head's rows are taken.
+    # Two a layer, but in the last.
     assert operators["SkipLayerNormalization"] >= 22
 
 
@@ -381,6 +424,7 @@ def test_activation_comes_from_the_config(repository: Path, tmp_path: Path, samp
     [
         ({"num_labels": 2}, "2 labels"),
         ({"is_decoder": True}, "decoder"),
+        ({"hidden_act": "silu"}, "hidden_act silu"),
         (
             {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}},
             "activation Tanh",

