@@ -29,8 +29,6 @@ def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
                 per_channel=True,
                 reduce_range=True,
                 weight_type=QuantType.QInt8,
-                # Where it cannot tell, as behind an operator that is not of ONNX itself.
-                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )
         finally:
             logging.disable(logging.NOTSET)
