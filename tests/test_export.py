@@ -243,8 +243,8 @@ def test_both_forms_compute_the_same(family: str, tmp_path: Path, sample: Sample
     np.testing.assert_allclose(padded, packed, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
-def test_other_activations(activation: str, tmp_path: Path, sample: Sample) -> None:
+@pytest.mark.parametrize("activation", checkpoint_module.HIDDEN_ACTIVATIONS)
+def test_every_activation(activation: str, tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample, hidden_act=activation)
     repository = new_repository(tmp_path / "repository")
     export(str(checkpoint), "fp32", repository)
@@ -424,7 +424,7 @@ def test_activation_comes_from_the_config(repository: Path, tmp_path: Path, samp
     [
         ({"num_labels": 2}, "2 labels"),
         ({"is_decoder": True}, "decoder"),
-        ({"hidden_act": "silu"}, "hidden_act silu"),
+        ({"hidden_act": "mish"}, "hidden_act mish"),
         (
             {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}},
             "activation Tanh",
@@ -439,9 +439,14 @@ def test_what_is_not_known_is_refused_by_name(
         export(str(checkpoint), "fp32", repository)
 
 
-def test_another_architecture_is_refused_by_name(repository: Path, tmp_path: Path) -> None:
-    config = {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("others", [[], ["BertForSequenceClassification"]])
+def test_another_architecture_is_refused_by_name(
+    others: list[str], repository: Path, tmp_path: Path
+) -> None:
+    names = [*others, "GPT2ForSequenceClassification"]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": names})
+    )
     with pytest.raises(UnsupportedCheckpoint, match="GPT2ForSequenceClassification is not supp"):
         export(str(tmp_path), "fp32", repository)
 

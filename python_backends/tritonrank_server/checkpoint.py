@@ -33,16 +33,18 @@ ROBERTA = {
 }
 ELECTRA = "ElectraForSequenceClassification"
 SUPPORTED = {"BertForSequenceClassification", ELECTRA, *ROBERTA}
-#: transformers' names of activations → ONNX operators.
-HIDDEN_ACTIVATIONS = {
-    "gelu": "Gelu",
-    "gelu_new": 'Gelu <approximate = "tanh">',
-    "gelu_pytorch_tanh": 'Gelu <approximate = "tanh">',
-    "relu": "Relu",
-}
 
 #: A protobuf message, and so a graph with its weights, must be smaller.
 MAX_GRAPH_BYTES = 2**31
+#: transformers' names of activations → ONNX operators.
+HIDDEN_ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "Gelu"),
+    **dict.fromkeys(
+        ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"),
+        'Gelu <approximate = "tanh">',
+    ),
+    "relu": "Relu",
+}
 #: sentence-transformers' names of activations → ONNX operators.
 ACTIVATIONS = {"Sigmoid": "Sigmoid", "Identity": "Identity"}
 
@@ -88,7 +90,7 @@ def load(name: str, precision: str) -> Source:
 
 
 def _check_config(config: PretrainedConfig) -> None:
-    [architecture] = config.architectures or ["none"]
+    architecture = " and ".join(config.architectures or ["none"])
     if architecture not in SUPPORTED:
         raise UnsupportedCheckpoint(
             f"{architecture} is not supported: use one of {', '.join(sorted(SUPPORTED))}"

@@ -301,6 +301,7 @@ def ragged(
         UnsupportedCheckpoint: the architecture has no place for some of the weights.
     """
     hidden = len(weights["encoder.layer.0.attention.self.query.weight"])
+    head_size = hidden // architecture.heads
     layers = len({number for name in weights for number in re.findall(r"layer\.(\d+)\.", name)})
     start = "projected" if "embeddings_project.weight" in weights else "embedded"
     pooled = "pooler.dense.weight" in weights
@@ -310,8 +311,8 @@ def ragged(
         "EPSILON": architecture.epsilon,
         "HIDDEN": hidden,
         "HEADS": architecture.heads,
-        "HEAD_SIZE": hidden // architecture.heads,
-        "SCALE": (hidden / architecture.heads) ** -0.5,
+        "HEAD_SIZE": head_size,
+        "SCALE": head_size**-0.5,
         "FEED_FORWARD_ACTIVATION": architecture.activation,
         "HEAD_ACTIVATION": architecture.head_activation,
         "DENSE": "pooler.dense" if pooled else "classifier.dense",
