@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import tritonclient.grpc as triton
 from tokenizers import Tokenizer
 from tritonrank import RerankClient
 from tritonrank_server.cross_encoder import CrossEncoder, Work
 from tritonrank_server.tokenizer import PairTokenizer, Tokens
 
+from .contestant import session
 from .data import Request
-from .limit import limit
+from .limit import GPU, limit
 
 STAGES = ("tokenizer", "cross_encoder", "sorter")
 #: Documents that are ranked alone, of each request.
@@ -29,20 +29,26 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     """Times the parts of each request in turns; times are medians over requests, in milliseconds.
 
     Args:
-        url: gRPC address of an embedded server with the export of ``folder``.
+        url: gRPC address of a server with the export of ``folder``.
         folder: an export.
         every: requests, of the same number of documents.
 
     Returns:
         ``request_ms`` through Triton with one client, ``graph_ms`` of the scorer alone in this
-        process, ``overhead`` as the share of a request outside the scorer's stage, ``stages`` from
-        Triton's statistics (means), ``tokenizer`` against a bare batch call, ``single_document``
-        against calling ONNX Runtime directly, ``limit`` by the rate of matrix products alone, and
-        ``real_tokens`` as a share of the places of each request padded to its longest document.
+        process (on a GPU, ONNX Runtime called directly), ``overhead`` as the share of a request
+        outside the scorer's stage, ``stages`` from Triton's statistics (means), ``tokenizer``
+        against a bare batch call, ``single_document`` against calling ONNX Runtime directly,
+        ``limit`` by the rate of matrix products alone, and ``real_tokens`` as a share of the places
+        of each request padded to its longest document.
     """
     tokenizer = PairTokenizer(folder / "tokenizer.json", 1024)
-    scorer = CrossEncoder(folder / "model.onnx")
-    direct = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    direct = session(folder / "model.onnx")
+    score: Callable[[Tokens], object]
+    if GPU:
+        precision, score = "fp16", lambda tokens: direct.run(None, tokens.inputs())
+    else:
+        scorer = CrossEncoder(folder / "model.onnx")
+        precision, score = "int8", lambda tokens: scorer.score([Work(tokens)])
     bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
     bare.no_truncation()
     encoded = [encode(tokenizer, each.query, each.documents) for each in every]
@@ -57,9 +63,9 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
             for _ in range(TURNS):
                 parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
                 parts["tokenizer"].append(_ms(encode, tokenizer, each.query, each.documents))
-            parts["graph"].append(_ms(scorer.score, [Work(tokens)]))
+            parts["graph"].append(_ms(score, tokens))
             parts["request"].append(_ms(client.rank, each.query, each.documents))
-            limits.append(limit(round(np.mean(tokens_of_pairs)), ("fp32", "int8")))
+            limits.append(limit(round(np.mean(tokens_of_pairs)), ("fp32", precision)))
         after = _settled_statistics(url)
         for each in every:
             some = each.documents[:SINGLES]
@@ -93,7 +99,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
             "direct_ms": float(np.median(single["direct"])),
             "more_ms": float(np.median(np.subtract(single["triton"], single["direct"]))),
         },
-        "limit": best | {"reached": rate / best["int8_pairs_per_second"]},
+        "limit": best | {"reached": rate / best[f"{precision}_pairs_per_second"]},
         "real_tokens": float(tokens_of_pairs.sum() / places),
     }
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import numpy_helper
 from tritonrank_server import default_model
 from tritonrank_server.export import export
@@ -36,6 +37,8 @@ from .limit import GPU, limit
 HERE = Path(__file__).parent
 #: The contestant whose logits are the others' measure.
 REFERENCE = "packed:fp32"
+#: The label of what a GPU serves.
+FP16 = "FP16, attention packed too"
 MODELS = HERE / "models"
 PEERS = HERE / "environments"
 
@@ -89,7 +92,7 @@ def contestants(url: str | None) -> list[Contestant]:
         Contestant("infinity:", "peers", "infinity, 4 clients at a time", "infinity", clients=4),
     ]
     if GPU:
-        ladder.append(Contestant("packed:fp16", "ladder", "FP16"))
+        ladder.append(Contestant("packed:fp16", "ladder", FP16))
         peers.append(Contestant("peer:torch-fp16", "peers", f"{own}, torch FP16", own))
     else:
         ladder += [
@@ -111,6 +114,9 @@ def contestants(url: str | None) -> list[Contestant]:
             Contestant(name, "ladder", "through Triton, one client"),
             Contestant(name, "ladder", "through Triton, 4 clients at a time", clients=4),
         ]
+        if GPU:
+            label = "through Triton, 16 clients at a time"
+            ladder.append(Contestant(name, "ladder", label, clients=16))
     return ladder + peers
 
 
@@ -334,7 +340,8 @@ def limit_of_gpu(every: Sequence[Request], pairs_per_second: float) -> dict[str,
 def main() -> int:
     """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--queries", type=int, default=8, help="of 100 documents each")
+    few = 43 if GPU else 8
+    parser.add_argument("--queries", type=int, default=few, help="of 100 documents each")
     parser.add_argument("--url", help="gRPC address of a server to measure; default, an own one")
     arguments = parser.parse_args()
     if arguments.queries < 1:
@@ -348,7 +355,7 @@ def main() -> int:
             "left_out": measure(rows, every),
             "hardware": hardware(),
             "commit": commit(),
-            "versions": {name: version(name) for name in ("onnxruntime", "tokenizers")},
+            "versions": {"onnxruntime": ort.__version__, "tokenizers": version("tokenizers")},
             "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated text",
             "queries": len(every),
         }
@@ -357,15 +364,15 @@ def main() -> int:
             _say(f"The reference failed: {'; '.join(result['left_out'])}")
             return 1
         result["rows"] = [row(each, every, reference) for each in rows if each.seconds]
-        for half in [each for each in result["rows"] if each["label"] == "FP16"]:
-            _say("What the GPU allows …")
-            result["limit"] = limit_of_gpu(every, half["pairs_per_second"]["median"])
         if url:
             _say("More documents, longer ones, more clients …")
             result["growth"] = growth(url, MODELS / precision / "tokenizer.json", every)
-        if url and not GPU:
             _say("Taking requests apart …")
             result["anatomy"] = anatomy(url, MODELS / precision, every)
+        elif GPU:
+            _say("What the GPU allows …")
+            for half in [each for each in result["rows"] if each["label"] == FP16]:
+                result["limit"] = limit_of_gpu(every, half["pairs_per_second"]["median"])
     if not (arguments.url or GPU):
         _say("Delays …")
         result["queue_delay"] = queue_delay(MODELS / f"repository-{precision}", every)

@@ -33,13 +33,14 @@ CPU = Path("/proc/cpuinfo").read_text()
 Score = Callable[[str, list[str]], Any]
 
 
-def session(graph: Path) -> Any:
-    """ONNX Runtime's session, on a GPU where there is one."""
+def session(graph: Path | bytes, options: Any = None) -> Any:
+    """ONNX Runtime's session, on a GPU where there is one, where FP32 is not to mean TF32."""
     import onnxruntime as ort
 
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    there = ort.get_available_providers()
-    return ort.InferenceSession(graph, providers=[name for name in wanted if name in there])
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    return ort.InferenceSession(graph, options, providers=providers)
 
 
 def padded(graph: Path, models: Path, length: int | None) -> Score:
@@ -181,11 +182,7 @@ def infinity(models: Path) -> Score:
 def sentence_transformers(models: Path, variant: str) -> Score:
     """sentence-transformers' CrossEncoder with one of its backends."""
     import torch
-    from sentence_transformers import (
-        CrossEncoder,
-        export_dynamic_quantized_onnx_model,
-        export_static_quantized_openvino_model,
-    )
+    from sentence_transformers import CrossEncoder
 
     checkpoint = str(models / "checkpoint")
     backend, _, precision = variant.partition("-")
@@ -198,9 +195,13 @@ def sentence_transformers(models: Path, variant: str) -> Score:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             if backend == "onnx":
+                from sentence_transformers import export_dynamic_quantized_onnx_model
+
                 kind = "avx512_vnni" if "avx512_vnni" in CPU else "avx2"
                 export_dynamic_quantized_onnx_model(model, kind, folder, file_suffix="int8")
             else:
+                from sentence_transformers import export_static_quantized_openvino_model
+
                 texts = (str(models / "calibration"), "default", "train", "text")
                 export_static_quantized_openvino_model(
                     model, None, folder, *texts, file_suffix="int8"
@@ -222,14 +223,17 @@ def transformers_loop(models: Path) -> Score:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models / "checkpoint")
-    model = AutoModelForSequenceClassification.from_pretrained(models / "checkpoint").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForSequenceClassification.from_pretrained(models / "checkpoint")
+    model.eval().to(device)
 
     def score(query: str, documents: list[str]) -> list[float]:
         with torch.inference_mode():
-            return [
-                model(**tokenizer(query, each, truncation=True, return_tensors="pt")).logits.item()
+            encoded = (
+                tokenizer(query, each, truncation=True, return_tensors="pt").to(device)
                 for each in documents
-            ]
+            )
+            return [model(**each).logits.item() for each in encoded]
 
     return score
 

@@ -14,6 +14,8 @@ import onnxruntime as ort
 from onnx import numpy_helper, parser
 from tritonrank_server.default_model import CONFIG
 
+from .contestant import session
+
 GPU = "CUDAExecutionProvider" in ort.get_available_providers()
 #: Of each precision: its type in ONNX and NumPy, and a product by a weight.
 _KINDS: dict[str, tuple[str, type[np.generic], str]] = {
@@ -45,11 +47,11 @@ def limit(tokens: int, precisions: Sequence[str]) -> dict[str, float]:
     result = {"tokens": tokens, "gflop": flop / 1e9}
     ids = np.arange(pairs * tokens) % CONFIG["max_position_embeddings"]
     for precision in precisions:
-        session = _session(precision)
+        products = _products(precision)
 
-        def lane(_: int, session: Any = session) -> None:
+        def lane(_: int, products: Any = products) -> None:
             for _ in range(_RUNS):
-                session.run(None, {"ids": ids})
+                products.run(None, {"ids": ids})
 
         with ThreadPoolExecutor(lanes) as pool:
             seconds = []
@@ -70,7 +72,7 @@ def _shapes() -> list[tuple[int, int]]:
 
 
 @cache
-def _session(precision: str) -> ort.InferenceSession:
+def _products(precision: str) -> Any:
     """``ids`` INT64 [m] → rows of a table → all products → one number, so that none is copied."""
     kind, dtype, product = _KINDS[precision]
     random = np.random.default_rng(0)
@@ -100,5 +102,4 @@ def _session(precision: str) -> ort.InferenceSession:
     model.graph.initializer.extend(constants)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    provider = "CUDAExecutionProvider" if GPU else "CPUExecutionProvider"
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    return session(model.SerializeToString(), options)

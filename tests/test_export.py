@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,9 +36,9 @@ from tokenizers import (
 from tritonrank_server import assets, default_model
 from tritonrank_server import checkpoint as checkpoint_module
 from tritonrank_server import export as module
-from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
+from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint, UnsupportedGraph
 from tritonrank_server.export import export
-from tritonrank_server.graph import PACKED, PADDED, ragged
+from tritonrank_server.graph import PACKED, PADDED, portable, ragged
 
 Sample = list[tuple[str, list[str]]]
 
@@ -220,11 +221,17 @@ FORMS = {"padded": PADDED, "packed": PACKED}
 
 
 def in_form(checkpoint: Path, form: str, token_types: bool = True) -> onnx.ModelProto:
-    """The FP32 graph of a checkpoint, which export would quantise where it is padded."""
+    """The FP32 graph of a checkpoint, which export makes portable or quantises."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     weights = checkpoint_module._weights(model)
     architecture = checkpoint_module._architecture(model, token_types)
     return ragged(weights, architecture, FORMS[form], "Sigmoid", 64)
+
+
+def on_a_cpu(repository: Path) -> None:
+    """Makes what is published for a GPU run here."""
+    graph = repository / "cross_encoder" / "1" / "model.onnx"
+    onnx.save(portable(onnx.load(graph)), graph)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,11 +243,47 @@ def test_both_forms_compute_the_same(family: str, tmp_path: Path, sample: Sample
     rows[np.arange(64) >= lengths] = -1
     feed = {"input_ids": rows.ravel(), "lengths": lengths, "query_lengths": lengths // 2}
     padded, packed = (
-        onnxruntime.InferenceSession(graph.SerializeToString()).run(["logits"], feed)[0]
+        onnxruntime.InferenceSession(portable(graph).SerializeToString()).run(["logits"], feed)[0]
         for graph in (in_form(checkpoint, form, family == "bert") for form in FORMS)
     )
     assert np.ptp(packed) > 0.1
     np.testing.assert_allclose(padded, packed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no GPU"
+)
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("fp16", 0.02)])
+@pytest.mark.parametrize("longest", [7, 64, 512])  # Other kernels for other lengths.
+def test_packed_attention_on_a_gpu(precision: str, error: float, longest: int) -> None:
+    graph = default_graph(precision)
+    lengths = np.array([[longest // 2], [1], [longest], [longest - 3]], np.int32)
+    rows = np.random.default_rng(0).integers(1000, 30000, (4, longest)).astype(np.int32)
+    rows[np.arange(longest) >= lengths] = -1
+    feed = {"input_ids": rows.ravel(), "lengths": lengths, "query_lengths": (lengths + 1) // 2}
+    logits, expected = (
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=providers).run(
+            ["logits"], feed
+        )[0]
+        for model, providers in (
+            (graph, [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]),
+            (portable(default_graph("fp32")), ["CPUExecutionProvider"]),
+        )
+    )
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=error)
+
+
+def default_graph(precision: str) -> onnx.ModelProto:
+    """The default model's, for a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        default_model.write_checkpoint(Path(folder))
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    if precision == "fp16":
+        model.half()
+    weights = checkpoint_module._weights(model)
+    architecture = checkpoint_module._architecture(model, True)
+    return ragged(weights, architecture, PACKED, "Sigmoid", 512)
 
 
 @pytest.mark.parametrize("activation", checkpoint_module.HIDDEN_ACTIVATIONS)
@@ -270,7 +313,7 @@ def test_a_nan_stays_in_its_document(form: str, tmp_path: Path, sample: Sample) 
     weights = onnx.numpy_helper.to_array(words).copy()
     weights[7] = np.nan
     words.CopyFrom(onnx.numpy_helper.from_array(weights, words.name))
-    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    session = onnxruntime.InferenceSession(portable(exported).SerializeToString())
     # Of three documents the first has the NaN and the second has padding.
     rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
     feed = {
@@ -375,6 +418,7 @@ def test_lower_precisions(
     assert card["precision"] == precision
     assert card["max_length"] == 64
     assert card["difference_from_fp32"]["logit_error"] > 0
+    on_a_cpu(repository)
     ranker = pipeline(repository)
     rankings = [ranker.rank(*request) for request in sample]
     assert rankings[0].scores.dtype == np.float32
@@ -402,6 +446,9 @@ def test_the_default_at_fp16(repository: Path, fp32_repository: Path, sample: Sa
     for name in ("checkpoint", "weights", "max_length"):
         assert card[name] == other[name]
     assert card["checkpoint"] == "cross-encoder/ms-marco-MiniLM-L-12-v2"
+    with pytest.raises(UnsupportedGraph, match="is for a GPU: export with --precision int8"):
+        pipeline(repository)
+    on_a_cpu(repository)
     half, exact = pipeline(repository), pipeline(fp32_repository)
     for query, documents in sample[:3]:
         ranking, expected = half.rank(query, documents, 10), exact.rank(query, documents, 10)

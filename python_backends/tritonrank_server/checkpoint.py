@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .errors import UnsupportedCheckpoint
-from .graph import PACKED, PADDED, Architecture, Source, ragged
+from .graph import PACKED, PADDED, Architecture, Source, portable, ragged
 from .quantise import quantised
 
 #: Architectures that number positions RoBERTa's way: from behind the padding token's id.
@@ -172,7 +172,8 @@ def _graph(
     weights, architecture = _weights(model), _architecture(model, token_types)
     if precision == "int8":
         return quantised(ragged(weights, architecture, PADDED, activation, max_length))
-    return ragged(weights, architecture, PACKED, activation, max_length)
+    packed = ragged(weights, architecture, PACKED, activation, max_length)
+    return portable(packed) if precision == "fp32" else packed
 
 
 def _architecture(model: PreTrainedModel, token_types: bool) -> Architecture:

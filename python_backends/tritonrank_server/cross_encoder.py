@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .errors import UnsupportedGraph
 from .tokenizer import Tokens
 
 Float32 = npt.NDArray[np.float32]
@@ -62,6 +63,9 @@ class CrossEncoder:
     Args:
         graph: ``model.onnx`` of an export.
         threads: documents scored at a time; default, the cores this process may use.
+
+    Raises:
+        UnsupportedGraph: the graph is for a GPU.
     """
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
@@ -104,18 +108,24 @@ def _yield_to_others() -> None:
 def _session(graph: Path, threads: int) -> Any:
     # Only here, since in production the other stages run where there is no such package.
     import onnxruntime as ort
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Else its threads would keep the cores busy after their work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(
-        graph,
-        options,
-        providers=["CPUExecutionProvider"],
-        # Its kernel took three times as long as an addition and a normalisation apart.
-        disabled_optimizers=["SkipLayerNormFusion"],
-    )
+    try:
+        return ort.InferenceSession(
+            graph,
+            options,
+            providers=["CPUExecutionProvider"],
+            # Its kernel took three times as long as an addition and a normalisation apart.
+            disabled_optimizers=["SkipLayerNormFusion"],
+        )
+    except NoKernel as error:
+        raise UnsupportedGraph(
+            f"{graph} is for a GPU: export with --precision int8 for a CPU ({error})"
+        ) from error
 
 
 def _gathered(results: list[tuple[float, float] | None]) -> Relevance | None:

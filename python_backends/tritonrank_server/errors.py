@@ -15,3 +15,7 @@ class UnsupportedCheckpoint(ValueError):
 
 class ExportRefused(RuntimeError):
     """The exported graph differs from its FP32 reference by more than its precision may."""
+
+
+class UnsupportedGraph(RuntimeError):
+    """The graph has an operator that this processor has no kernel for."""

@@ -34,7 +34,7 @@ from . import default_model
 from .assets import AssetError
 from .cross_encoder import CrossEncoder
 from .errors import ExportRefused, InvalidOutput, UnsupportedCheckpoint
-from .graph import Source
+from .graph import Source, portable
 from .pipeline import Pipeline
 from .tokenizer import PairTokenizer
 
@@ -95,11 +95,13 @@ def export(model: str, precision: str, repository: Path) -> Path:
     with _staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
         source = _source(model, precision, folder)
-        onnx.save(source.graph, folder / "model.onnx")
+        graph = folder / "model.onnx"
+        onnx.save(portable(source.graph), graph)  # The check has no GPU.
         source.tokenizer.save(str(folder / "tokenizer.json"))
         _say("Checking it against FP32 …")
         difference = _compare(folder, source)
         _refuse_beyond_limits(difference, precision)
+        onnx.save(source.graph, graph)
         _write_card(folder, source, precision, difference)
         published = _publish(folder)
     _say(

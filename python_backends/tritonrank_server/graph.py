@@ -9,20 +9,19 @@ Every graph has the same inputs and outputs, whatever the checkpoint:
 drops the -1 and finds each document by ``lengths``. The layers between are BERT's (Devlin et al.
 2018), in one of two forms:
 
-- Packed, FP32 or FP16, for a GPU: hidden states are [T, 1, H] with T real tokens, so every linear
-  layer, normalisation and activation runs on no padding. Attention alone needs the documents apart:
-  queries, keys and values are gathered into [N, L, H], and its output is gathered back. It is ONNX
-  Runtime's operator MultiHeadAttention, which takes the documents' lengths. In FP16 on a GPU such
-  as an L4, and with the usual sizes of a head, that runs in fused kernels that hold nothing as
-  large as L × L. (Its other form of lengths, [3 N + 2], would suit more kernels, but those that do
-  not know it misread it.)
+- Packed, FP32 or FP16, for a GPU: hidden states are [T, 1, H] with T real tokens, so no linear
+  layer, normalisation or activation runs on padding. Nor does attention, which is ONNX Runtime's
+  operator PackedMultiHeadAttention: it takes packed rows and where each document begins, and runs
+  in fused kernels that hold nothing as large as L × L. It has kernels for GPUs only; ``portable``
+  puts its definition in its place, which any processor runs.
 - Padded, FP32, to be quantised for a CPU, whose scorer gives one document at a time, so that
   nothing is padded and gathering would be in vain: hidden states are [L, N, H]. Attention is in
-  plain products, which a CPU runs faster than it runs that operator. With the places first, heads
-  are told apart by one Transpose, which ONNX Runtime makes a part of the product.
+  plain products, which a CPU runs faster than it runs an operator for attention. With the places
+  first, heads are told apart by one Transpose, which ONNX Runtime makes a part of the product.
 
-The head reads the first row of each document. So the last layer has no other queries, and nothing
-after its attention computes any other row.
+The head reads the first row of each document, so nothing after the last layer's attention computes
+any other row, and on a CPU no other row has a query there. (Packed attention has as many queries as
+keys; on a GPU, one query a document took longer.)
 
 Triton lets anybody call an ensemble's steps themselves. Where ``lengths`` do not add up to the
 tokens, one request of a batch would have its neighbours read a wrong text, and documents longer
@@ -40,7 +39,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper, parser
+from onnx import helper, inliner, numpy_helper, parser
 from tokenizers import Tokenizer
 
 from .errors import UnsupportedCheckpoint
@@ -49,10 +48,9 @@ from .errors import UnsupportedCheckpoint
 Weights = Mapping[str, npt.NDArray[Any]]
 
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
-#: stands at each place of the padded form. Where ``mask`` is false it is the document's own first:
-#: attention weighs it with 0, and 0 times another document's NaN or infinity would be NaN.
+#: stands at each place of the padded form; where ``mask`` is false, the document's own first.
 #: Positions are RoBERTa's, which do not count the padding token where a text has it. With -1 for
-#: its id, which is no token's, they are BERT's.
+#: its id, which is no token's, they are BERT's. A kind is a token type and a position in one.
 _DOCUMENTS = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -90,14 +88,20 @@ _DOCUMENTS = """
     running = CumSum (counted, one)
     numbered = Mul (running, counted)
     padded_positions = Add (numbered, padding_id)
+    all_positions = Constant <value = int64 {POSITIONS}> ()
+    first_kinds = Mul (padded_types, all_positions)
+    padded_kinds = Add (first_kinds, padded_positions)
 """
 
+#: The table of kinds depends on weights alone, so ONNX Runtime adds it up once, at start.
 _EMBEDDINGS = """
+    types_apart = Unsqueeze ("embeddings.token_type_embeddings.weight", one)
+    kinds_apart = Add (types_apart, "embeddings.position_embeddings.weight")
+    table_shape = Constant <value = int64[2] {-1, EMBEDDING}> ()
+    kinds_table = Reshape (kinds_apart, table_shape)
     words = Gather ("embeddings.word_embeddings.weight", row_ids)
-    types = Gather ("embeddings.token_type_embeddings.weight", row_types)
-    positions = Gather ("embeddings.position_embeddings.weight", row_positions)
-    typed = Add (words, types)
-    placed = Add (typed, positions)
+    kinds = Gather (kinds_table, row_kinds)
+    placed = Add (words, kinds)
     embedded = LayerNormalization <axis = -1, epsilon = EPSILON>
         (placed, "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias")
 """
@@ -107,16 +111,12 @@ _PROJECTION = """
     projected = Add (product, "embeddings_project.bias")
 """
 
-#: ``#`` stands for the layer's number, and ASKING for the rows of its input whose queries it needs.
+#: ``#`` stands for the layer's number, and ASKING for the rows of its input that the next needs.
 _LAYER = """
     input# = Identity (PREVIOUS)
     asking# = ASKING
-    query_product# = MatMul (asking#, "encoder.layer.#.attention.self.query.weight")
-    query# = Add (query_product#, "encoder.layer.#.attention.self.query.bias")
     key_product# = MatMul (input#, "encoder.layer.#.attention.self.key.weight")
-    key# = Add (key_product#, "encoder.layer.#.attention.self.key.bias")
     value_product# = MatMul (input#, "encoder.layer.#.attention.self.value.weight")
-    value# = Add (value_product#, "encoder.layer.#.attention.self.value.bias")
     ATTENTION
     mixed_product# = MatMul (attended#, "encoder.layer.#.attention.output.dense.weight")
     mixed# = Add (mixed_product#, "encoder.layer.#.attention.output.dense.bias")
@@ -154,10 +154,11 @@ class Form:
     """What differs between the two forms of hidden states.
 
     Attributes:
-        start: ``row_ids``, ``row_types`` and ``row_positions`` of the hidden states, ``first``, the
-            documents' first rows among them, and what attention needs.
-        attention: queries, keys and values → ``attended#``, of the queries' shape.
-        last_attention: the same with the queries of the first rows alone.
+        start: ``row_ids`` and ``row_kinds`` of the hidden states, ``first``, the documents' first
+            rows among them, and what attention needs.
+        attention: ``input#``, ``asking#``, ``key_product#`` and ``value_product#`` → ``attended#``,
+            of the shape of ``asking#``.
+        last_attention: the same where ``asking#`` are the first rows alone.
     """
 
     start: str
@@ -166,6 +167,10 @@ class Form:
 
 
 _PLAIN_ATTENTION = """
+    query_product# = MatMul (asking#, "encoder.layer.#.attention.self.query.weight")
+    query# = Add (query_product#, "encoder.layer.#.attention.self.query.bias")
+    key# = Add (key_product#, "encoder.layer.#.attention.self.key.bias")
+    value# = Add (value_product#, "encoder.layer.#.attention.self.value.bias")
     query_heads# = Reshape (query#, apart)
     queries# = Transpose <perm = [1, 0, 2]> (query_heads#)
     key_heads# = Reshape (key#, apart)
@@ -185,8 +190,7 @@ PADDED = Form(
     first = Constant <value = int64[1] {0}> ()
     scale = Constant <value = float {SCALE}> ()
     row_ids = Transpose (padded_ids)
-    row_types = Transpose (padded_types)
-    row_positions = Transpose (padded_positions)
+    row_kinds = Transpose (padded_kinds)
     apart = Constant <value = int64[3] {0, -1, HEAD_SIZE}> ()
     together = Constant <value = int64[3] {0, -1, HIDDEN}> ()
     seen = Constant <value = float {0}> ()
@@ -202,45 +206,104 @@ PADDED = Form(
     _PLAIN_ATTENTION,
 )
 
-_ATTENTION_BY_LENGTHS = """
-    key_rows# = Reshape (key#, rows)
-    keys# = Gather (key_rows#, slots)
-    value_rows# = Reshape (value#, rows)
-    values# = Gather (value_rows#, slots)
-    averages# = com.microsoft.MultiHeadAttention <num_heads = HEADS>
-        (queries#, keys#, values#, , key_lengths)
+#: With the biases in one piece, which ONNX Runtime concatenates once, at start.
+_PACKED_ATTENTION = """
+    query_product# = MatMul (input#, "encoder.layer.#.attention.self.query.weight")
+    query_rows# = Reshape (query_product#, rows)
+    key_rows# = Reshape (key_product#, rows)
+    value_rows# = Reshape (value_product#, rows)
+    biases# = Concat <axis = 0> (
+        "encoder.layer.#.attention.self.query.bias",
+        "encoder.layer.#.attention.self.key.bias",
+        "encoder.layer.#.attention.self.value.bias")
+    averages# = com.microsoft.PackedMultiHeadAttention <num_heads = HEADS>
+        (query_rows#, key_rows#, value_rows#, biases#, offsets, ends)
 """
 PACKED = Form(
     """
     flat = Constant <value = int64[1] {-1}> ()
     first = Reshape (start, flat)
-    flat_mask = Reshape (mask, flat)
+    rows = Constant <value = int64[2] {-1, HIDDEN}> ()
+    states = Constant <value = int64[3] {-1, 1, HIDDEN}> ()
+    padded_shape = Shape (mask)
     places = Size (mask)
     every_place = Range (zero, places, one)
-    flat_unslots = Compress <axis = 0> (every_place, flat_mask)
-    unslots = Unsqueeze (flat_unslots, one)
+    flat_mask = Reshape (mask, flat)
+    flat_gaps = Not (flat_mask)
+    real_places = Compress <axis = 0> (every_place, flat_mask)
+    gaps = Compress <axis = 0> (every_place, flat_gaps)
+    places_in_order = Concat <axis = 0> (real_places, gaps)
+    places_as_padded = Reshape (places_in_order, padded_shape)
+    offsets = Cast <to = 6> (places_as_padded)
+    no_end = Constant <value = int64[1] {0}> ()
+    flat_end = Reshape (end, flat)
+    all_ends = Concat <axis = 0> (no_end, flat_end)
+    ends = Cast <to = 6> (all_ends)
+    flat_kinds = Reshape (padded_kinds, flat)
+    packed_kinds = Gather (flat_kinds, real_places)
     row_ids = Unsqueeze (ids, one)
-    flat_types = Reshape (padded_types, flat)
-    row_types = Gather (flat_types, unslots)
-    flat_positions = Reshape (padded_positions, flat)
-    row_positions = Gather (flat_positions, unslots)
-    flat_size = Reshape (size, flat)
-    key_lengths = Cast <to = 6> (flat_size)
-    rows = Constant <value = int64[2] {-1, HIDDEN}> ()
+    row_kinds = Unsqueeze (packed_kinds, one)
     """,
     f"""
-    query_rows# = Reshape (query#, rows)
-    queries# = Gather (query_rows#, slots)
-    {_ATTENTION_BY_LENGTHS}
-    average_rows# = Reshape (averages#, rows)
-    attended# = Gather (average_rows#, unslots)
+    {_PACKED_ATTENTION}
+    attended# = Reshape (averages#, states)
     """,
     f"""
-    queries# = Identity (query#)
-    {_ATTENTION_BY_LENGTHS}
-    attended# = Identity (averages#)
+    {_PACKED_ATTENTION}
+    all_attended# = Reshape (averages#, states)
+    attended# = Gather (all_attended#, first)
     """,
 )
+
+#: Packed attention by its documentation: ``offsets`` [N, L] are the places of the T tokens and then
+#: those of the gaps, and ``ends`` [N + 1] where each document begins and the last one ends.
+#: ``slots`` [N, L] says which token stands at a place: in a gap, the document's own first, since
+#: keys there are weighed with 0, and 0 times another document's NaN or infinity would be NaN.
+_DEFINITIONS = [
+    parser.parse_function("""
+<domain: "tritonrank", opset_import: ["": 20]>
+PackedPlaces (query, offsets, ends) => (slots, real_places, lengths) {
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    flat = Constant <value = int64[1] {-1}> ()
+    zeroth = Constant <value = int64[1] {0}> ()
+    first = Constant <value = int64[1] {1}> ()
+    tokens = Shape <end = 1> (query)
+    count = Squeeze (tokens)
+    every_token = Range (zero, count, one)
+    padded_shape = Shape (offsets)
+    flat_offsets = Reshape (offsets, flat)
+    wide_offsets = Cast <to = 7> (flat_offsets)
+    real_places = Slice (wide_offsets, zeroth, tokens)
+    documents = Shape <end = 1> (offsets)
+    past = Add (documents, first)
+    wide_ends = Cast <to = 7> (ends)
+    start = Slice (wide_ends, zeroth, documents)
+    end = Slice (wide_ends, first, past)
+    size = Sub (end, start)
+    lengths = Cast <to = 6> (size)
+    own_first = Unsqueeze (start, one)
+    own_firsts = Expand (own_first, padded_shape)
+    flat_own_firsts = Reshape (own_firsts, flat)
+    flat_slots = ScatterElements (flat_own_firsts, real_places, every_token)
+    slots = Reshape (flat_slots, padded_shape)
+}"""),
+    parser.parse_function("""
+<domain: "tritonrank", opset_import: ["": 20, "com.microsoft": 1]>
+PackedMultiHeadAttention <num_heads>
+(query, key, value, bias, slots, real_places, lengths) => (output) {
+    queries = Gather (query, slots)
+    keys = Gather (key, slots)
+    values = Gather (value, slots)
+    averages = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads>
+        (queries, keys, values, bias, lengths)
+    flat = Constant <value = int64[1] {-1}> ()
+    hidden = Shape <start = 1> (query)
+    rows = Concat <axis = 0> (flat, hidden)
+    average_rows = Reshape (averages, rows)
+    output = Gather (average_rows, real_places)
+}"""),
+]
 
 
 @dataclass(frozen=True)
@@ -305,8 +368,11 @@ def ragged(
     layers = len({number for name in weights for number in re.findall(r"layer\.(\d+)\.", name)})
     start = "projected" if "embeddings_project.weight" in weights else "embedded"
     pooled = "pooler.dense.weight" in weights
+    positions, embedding = weights["embeddings.position_embeddings.weight"].shape
     settings = {
         "MAX_LENGTH": max_length,
+        "POSITIONS": positions,
+        "EMBEDDING": embedding,
         "PADDING_ID": architecture.padding_id,
         "EPSILON": architecture.epsilon,
         "HIDDEN": hidden,
@@ -332,14 +398,56 @@ def ragged(
     )
     model.graph.initializer.extend(_initializers(weights, architecture.token_types))
     if form is PACKED:
-        # Else ONNX Runtime, which does not find the shapes behind MultiHeadAttention, would not
-        # see that sums are of equal shapes, and not fuse them with the normalisation.
+        # Else ONNX Runtime, which does not find the shapes behind attention, would not see that
+        # sums are of equal shapes, and not fuse them with the normalisation.
         kind = model.graph.initializer[0].data_type
         for name in (start, *(f"attended{i}" for i in range(layers - 1))):
             shape = helper.make_tensor_value_info(name, kind, ["t", 1, hidden])
             model.graph.value_info.append(shape)
     onnx.checker.check_model(model)
     return model
+
+
+def portable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with packed attention, if it has any, in operators that a CPU has kernels for.
+
+    It takes their time and memory: documents are gathered apart, and padded to the longest.
+    """
+    places, attention = _DEFINITIONS
+    found = ["packed_slots", "packed_places", "packed_lengths"]
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == attention.name:
+            query, key, value, bias, *where = node.input
+            if places.name not in (each.op_type for each in nodes):
+                inputs = [query, *where]
+                nodes.append(helper.make_node(places.name, inputs, found, domain=places.domain))
+            node = helper.make_node(
+                attention.name,
+                [query, key, value, bias, *found],
+                node.output,
+                domain=attention.domain,
+                num_heads=helper.get_node_attr_value(node, "num_heads"),
+            )
+        nodes.append(node)
+    if len(nodes) == len(model.graph.node):
+        return model
+    graph = helper.make_graph(
+        nodes,
+        model.graph.name,
+        model.graph.input,
+        model.graph.output,
+        value_info=model.graph.value_info,
+    )
+    opsets = [*model.opset_import, helper.make_opsetid(places.domain, 1)]
+    whole = helper.make_model(
+        graph, ir_version=model.ir_version, opset_imports=opsets, functions=_DEFINITIONS
+    )
+    inlined = inliner.inline_local_functions(whole)
+    inlined.opset_import.pop()
+    # Only now, since the inliner would copy them.
+    inlined.graph.initializer.extend(model.graph.initializer)
+    return inlined
 
 
 def _layers(form: Form, count: int, start: str) -> Iterator[str]:
