@@ -187,8 +187,14 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            # Its threads are not to spin while others have their turn.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true"},
+            env=os.environ
+            | {
+                # Its threads are not to spin while others have their turn.
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "TOKENIZERS_PARALLELISM": "true",
+                # Nor is it to report to its makers.
+                "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+            },
         ) as process,
     ):
         assert process.stdin

@@ -27,9 +27,10 @@ def markdown(result: dict[str, Any], name: str) -> str:
     """One machine's tables, with its plots ``NAME.png`` and ``NAME-latency.png``."""
     hardware = result["hardware"]
     cpu = f"{hardware['cores']} cores of {hardware['cpu']} ({', '.join(hardware['instructions'])})"
+    machine = f"{hardware['gpu']}, {cpu}" if hardware["gpu"] else cpu
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     parts = [
-        f"**{hardware['gpu'] or cpu}**, {result['data']}, {result['queries']} queries, with "
+        f"**{machine}**, {result['data']}, {result['queries']} queries, with "
         f"{versions}, commit {result['commit']}. Medians over requests, and from the slowest to "
         "the fastest. Rows of fewer pairs had fewer requests, and so no nDCG. "
         'Errors are against the row "packed".',
@@ -76,8 +77,8 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
     tokenizer, single = anatomy["tokenizer"], anatomy["single_document"]
     stages = [(stage, f"{ms:.1f}") for stage, ms in anatomy["stages"].items()]
     return [
-        f"A request of {anatomy['documents']} documents takes {anatomy['request_ms']:.0f} ms with "
-        f"one client; the graph alone, by turns in another process, {anatomy['graph_ms']:.0f} ms "
+        f"A request of {anatomy['documents']} documents takes {_number(anatomy['request_ms'])} ms with "
+        f"one client; the graph alone, by turns in another process, {_number(anatomy['graph_ms'])} ms "
         f"(medians). By Triton's own statistics, {100 * anatomy['overhead']:.1f} % of it is spent "
         "outside the scorer's stage (means):",
         _table(["where the time goes", "ms"], stages),
@@ -164,10 +165,10 @@ def plot_rates(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_latencies(result: dict[str, Any], path: Path) -> None:
-    """A number for each way that took whole requests: its throughput, and a request's latency."""
+    """A number for each way that took most requests: its throughput, and a request's latency."""
     figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     most = max(row["requests"] for row in result["rows"])
-    rows = [row for row in result["rows"] if row["requests"] == most]
+    rows = [row for row in result["rows"] if 2 * row["requests"] > most]
     for number, row in enumerate(rows, 1):
         x, y = row["pairs_per_second"]["median"], row["latency_ms"]["median"]
         axes.scatter(x, y, color=COLOURS[row["table"]], label=f"{number}  {row['label']}")

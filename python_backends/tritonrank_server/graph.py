@@ -47,10 +47,15 @@ from .errors import UnsupportedCheckpoint
 #: Parameters, FP32 or FP16, by their names in transformers without the base model's prefix.
 Weights = Mapping[str, npt.NDArray[Any]]
 
+_TYPES = "embeddings.token_type_embeddings.weight"
+_POSITIONS = "embeddings.position_embeddings.weight"
+#: What both add to a word's embedding, as one table; a token's kind is its row.
+_KINDS = "embeddings.kinds"
+
 #: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
 #: stands at each place of the padded form; where ``mask`` is false, the document's own first.
 #: Positions are RoBERTa's, which do not count the padding token where a text has it. With -1 for
-#: its id, which is no token's, they are BERT's. A kind is a token type and a position in one.
+#: its id, which is no token's, they are BERT's.
 _DOCUMENTS = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -93,14 +98,9 @@ _DOCUMENTS = """
     padded_kinds = Add (first_kinds, padded_positions)
 """
 
-#: The table of kinds depends on weights alone, so ONNX Runtime adds it up once, at start.
 _EMBEDDINGS = """
-    types_apart = Unsqueeze ("embeddings.token_type_embeddings.weight", one)
-    kinds_apart = Add (types_apart, "embeddings.position_embeddings.weight")
-    table_shape = Constant <value = int64[2] {-1, EMBEDDING}> ()
-    kinds_table = Reshape (kinds_apart, table_shape)
     words = Gather ("embeddings.word_embeddings.weight", row_ids)
-    kinds = Gather (kinds_table, row_kinds)
+    kinds = Gather ("KIND_TABLE", row_kinds)
     placed = Add (words, kinds)
     embedded = LayerNormalization <axis = -1, epsilon = EPSILON>
         (placed, "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias")
@@ -368,11 +368,10 @@ def ragged(
     layers = len({number for name in weights for number in re.findall(r"layer\.(\d+)\.", name)})
     start = "projected" if "embeddings_project.weight" in weights else "embedded"
     pooled = "pooler.dense.weight" in weights
-    positions, embedding = weights["embeddings.position_embeddings.weight"].shape
     settings = {
         "MAX_LENGTH": max_length,
-        "POSITIONS": positions,
-        "EMBEDDING": embedding,
+        "POSITIONS": len(weights[_POSITIONS]),
+        "KIND_TABLE": _KINDS,
         "PADDING_ID": architecture.padding_id,
         "EPSILON": architecture.epsilon,
         "HIDDEN": hidden,
@@ -389,14 +388,17 @@ def ragged(
     parts += _layers(form, layers, start)
     parts.append(_HEAD.replace("PREVIOUS", f"hidden{layers - 1}"))
     text = re.sub(r"\b[A-Z][A-Z_]{3,}\b", lambda word: str(settings[word[0]]), "".join(parts))
-    if strange := weights.keys() - set(re.findall('"([^"]+)"', text)):
+    tensors = _tensors(weights, architecture.token_types)
+    if strange := tensors.keys() - set(re.findall('"([^"]+)"', text)):
         raise UnsupportedCheckpoint(f"no place is known for {', '.join(sorted(strange))}")
     model = parser.parse_model(
         '<ir_version: 9, opset_import: ["": 20, "com.microsoft": 1]> ragged'
         "(int32[rows] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)"
         f" => (float[n, 1] logits, float[n, 1] scores) {{{text}}}"
     )
-    model.graph.initializer.extend(_initializers(weights, architecture.token_types))
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in tensors.items()
+    )
     if form is PACKED:
         # Else ONNX Runtime, which does not find the shapes behind attention, would not see that
         # sums are of equal shapes, and not fuse them with the normalisation.
@@ -461,11 +463,16 @@ def _layers(form: Form, count: int, start: str) -> Iterator[str]:
         previous = f"hidden{i}"
 
 
-def _initializers(weights: Weights, token_types: bool) -> Iterator[onnx.TensorProto]:
-    for name, array in weights.items():
-        # The graph gives the document type 1, which here is the query's where a model has one type.
-        if name == "embeddings.token_type_embeddings.weight":
-            array = array[[0, 1 if token_types else 0]]
-        elif array.ndim == 2 and not name.startswith("embeddings."):
-            array = np.ascontiguousarray(array.T)
-        yield numpy_helper.from_array(array, name)
+def _tensors(weights: Weights, token_types: bool) -> dict[str, npt.NDArray[Any]]:
+    """The graph's constants: linear layers' weights as [in, out], and the table of kinds."""
+    tensors = {
+        name: np.ascontiguousarray(array.T)
+        if array.ndim == 2 and not name.startswith("embeddings.")
+        else array
+        for name, array in weights.items()
+    }
+    types, positions = tensors.pop(_TYPES), tensors.pop(_POSITIONS)
+    # The document has type 1, which is the query's where a model has one type.
+    both = types[[0, 1 if token_types else 0]].astype(np.float32)
+    tensors[_KINDS] = (both[:, None] + positions).reshape(-1, types.shape[1]).astype(types.dtype)
+    return tensors
