@@ -77,8 +77,9 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
     tokenizer, single = anatomy["tokenizer"], anatomy["single_document"]
     stages = [(stage, f"{ms:.1f}") for stage, ms in anatomy["stages"].items()]
     return [
-        f"A request of {anatomy['documents']} documents takes {_number(anatomy['request_ms'])} ms with "
-        f"one client; the graph alone, by turns in another process, {_number(anatomy['graph_ms'])} ms "
+        f"A request of {anatomy['documents']} documents takes {_number(anatomy['request_ms'])} ms "
+        "with one client; the graph alone, by turns in another process, "
+        f"{_number(anatomy['graph_ms'])} ms "
         f"(medians). By Triton's own statistics, {100 * anatomy['overhead']:.1f} % of it is spent "
         "outside the scorer's stage (means):",
         _table(["where the time goes", "ms"], stages),

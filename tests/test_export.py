@@ -38,7 +38,7 @@ from tritonrank_server import checkpoint as checkpoint_module
 from tritonrank_server import export as module
 from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint, UnsupportedGraph
 from tritonrank_server.export import export
-from tritonrank_server.graph import PACKED, PADDED, portable, ragged
+from tritonrank_server.graph import EVEN, PACKED, portable, ragged
 
 Sample = list[tuple[str, list[str]]]
 
@@ -217,7 +217,7 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     return graph.run(["logits"], tokens.inputs())[0][:, 0]
 
 
-FORMS = {"padded": PADDED, "packed": PACKED}
+FORMS = {"even": EVEN, "packed": PACKED}
 
 
 def in_form(checkpoint: Path, form: str, token_types: bool = True) -> onnx.ModelProto:
@@ -237,17 +237,22 @@ def on_a_cpu(repository: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_forms_compute_the_same(family: str, tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", family, sample, num_hidden_layers=3)
-    lengths = np.array([[5], [1], [64], [40]], np.int32)
+    lengths = np.array([[5], [1], [64], [40], [64]], np.int32)
     # With padding tokens, which RoBERTa's positions leave out.
-    rows = np.random.default_rng(0).integers(0, 50, (4, 64)).astype(np.int32)
+    rows = np.random.default_rng(0).integers(0, 50, (5, 64)).astype(np.int32)
     rows[np.arange(64) >= lengths] = -1
-    feed = {"input_ids": rows.ravel(), "lengths": lengths, "query_lengths": lengths // 2}
-    padded, packed = (
-        onnxruntime.InferenceSession(portable(graph).SerializeToString()).run(["logits"], feed)[0]
-        for graph in (in_form(checkpoint, form, family == "bert") for form in FORMS)
-    )
+
+    def run(form: str, documents: list[int]) -> np.ndarray:
+        graph = portable(in_form(checkpoint, form, family == "bert"))
+        own = {"lengths": lengths[documents], "query_lengths": lengths[documents] // 2}
+        session = onnxruntime.InferenceSession(graph.SerializeToString())
+        return session.run(["logits"], {"input_ids": rows[documents].ravel(), **own})[0]
+
+    packed = run("packed", [0, 1, 2, 3, 4])
     assert np.ptp(packed) > 0.1
-    np.testing.assert_allclose(padded, packed, rtol=0, atol=1e-4)
+    for documents in ([0], [1], [2, 4], [3]):
+        even = run("even", documents)
+        np.testing.assert_allclose(even, packed[documents], rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(
@@ -314,11 +319,13 @@ def test_a_nan_stays_in_its_document(form: str, tmp_path: Path, sample: Sample) 
     weights[7] = np.nan
     words.CopyFrom(onnx.numpy_helper.from_array(weights, words.name))
     session = onnxruntime.InferenceSession(portable(exported).SerializeToString())
-    # Of three documents the first has the NaN and the second has padding.
-    rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
+    # Of three documents the first has the NaN, and in one form the second has padding.
+    rows = np.array([[7, 9, 3, 7, 3, 4, 5], [2, 9, 3, 10, 3, 4, 5], [2, 9, 3, 10, 11, 12, 3]])
+    lengths = np.array([[5], [5], [7]] if form == "packed" else [[7], [7], [7]], np.int32)
+    rows[np.arange(7) >= lengths] = -1
     feed = {
-        "input_ids": np.array(rows, np.int32).ravel(),
-        "lengths": np.array([[5], [5], [7]], np.int32),
+        "input_ids": rows.astype(np.int32).ravel(),
+        "lengths": lengths,
         "query_lengths": np.array([[3], [3], [3]], np.int32),
     }
     logits, scores = session.run(["logits", "scores"], feed)
@@ -326,36 +333,38 @@ def test_a_nan_stays_in_its_document(form: str, tmp_path: Path, sample: Sample) 
     assert np.isnan(scores).ravel().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "lengths", [[6, 5, 7], [5, 5, 6], [18, -1, 0], [0, 10, 7], [10**9, 5, 7], [1, 1, 1]]
 )
 def test_lengths_that_do_not_add_up_shift_no_neighbour(
     form: str, lengths: list[int], request: pytest.FixtureRequest
 ) -> None:
-    repository = request.getfixturevalue({"padded": "int8", "packed": "fp32"}[form] + "_repository")
+    repository = request.getfixturevalue({"even": "int8", "packed": "fp32"}[form] + "_repository")
     session = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
     rows = [[7, 9, 3, 7, 3, -1, -1], [2, 9, 3, 10, 3, -1, -1], [2, 9, 3, 10, 11, 12, 3]]
     feed = {
         "input_ids": np.array(rows, np.int32).ravel(),
         "query_lengths": np.array([[3], [3], [3]], np.int32),
     }
-    [logits] = session.run(["logits"], feed | {"lengths": np.array([[5], [5], [7]], np.int32)})
-    assert np.isfinite(logits).all()
-    untrue = np.array(lengths, np.int32)[:, None]
+    true, untrue = (np.array([each], np.int32).T for each in ([5, 5, 7], lengths))
+    if form == "packed":
+        assert np.isfinite(session.run(["logits"], feed | {"lengths": true})[0]).all()
+    else:  # Which takes documents of one length only.
+        assert_refused(session, feed | {"lengths": true})
     assert_refused(session, feed | {"lengths": untrue})
 
 
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_last_layer_ends_with_one_row_a_document(
     form: str, request: pytest.FixtureRequest
 ) -> None:
-    repository = request.getfixturevalue({"padded": "int8", "packed": "fp32"}[form] + "_repository")
+    repository = request.getfixturevalue({"even": "int8", "packed": "fp32"}[form] + "_repository")
     model = onnx.load(repository / "cross_encoder" / "1" / "model.onnx")
     wide = {each.name for each in model.graph.initializer if [*each.dims] == [384, 1536]}
     products = [node.output[0] for node in model.graph.node if wide & {*node.input[1:2]}]
     assert len(products) == 12
-    kind = {"padded": onnx.TensorProto.INT32, "packed": onnx.TensorProto.FLOAT}[form]
+    kind = {"even": onnx.TensorProto.INT32, "packed": onnx.TensorProto.FLOAT}[form]
     for name in products:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     session = onnxruntime.InferenceSession(model.SerializeToString())
@@ -390,15 +399,16 @@ def assert_refused(session: onnxruntime.InferenceSession, feed: dict[str, np.nda
     assert np.isnan(logits).all()
 
 
-@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("form", FORMS)
 def test_documents_longer_than_the_model(form: str, request: pytest.FixtureRequest) -> None:
-    repository = request.getfixturevalue({"padded": "int8", "packed": "fp32"}[form] + "_repository")
+    repository = request.getfixturevalue({"even": "int8", "packed": "fp32"}[form] + "_repository")
     session = onnxruntime.InferenceSession(repository / "cross_encoder" / "1" / "model.onnx")
     for longest, fits in ((512, True), (513, False), (100_000, False)):
+        lengths = [[longest], [2]] if form == "packed" else [[longest]]
         feed = {
-            "input_ids": np.full(longest + 2, 1000, np.int32),
-            "lengths": np.array([[longest], [2]], np.int32),
-            "query_lengths": np.array([[1], [1]], np.int32),
+            "input_ids": np.full(np.sum(lengths), 1000, np.int32),
+            "lengths": np.array(lengths, np.int32),
+            "query_lengths": np.ones_like(lengths, np.int32),
         }
         if fits:
             assert np.isfinite(session.run(["logits"], feed)[0]).all()

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .errors import UnsupportedCheckpoint
-from .graph import PACKED, PADDED, Architecture, Source, portable, ragged
+from .graph import EVEN, PACKED, Architecture, Source, portable, ragged
 from .quantise import quantised
 
 #: Architectures that number positions RoBERTa's way: from behind the padding token's id.
@@ -171,7 +171,7 @@ def _graph(
         model.half()
     weights, architecture = _weights(model), _architecture(model, token_types)
     if precision == "int8":
-        return quantised(ragged(weights, architecture, PADDED, activation, max_length))
+        return quantised(ragged(weights, architecture, EVEN, activation, max_length))
     packed = ragged(weights, architecture, PACKED, activation, max_length)
     return portable(packed) if precision == "fp32" else packed
 

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from tokenizers import Tokenizer
 
 from . import assets
-from .graph import PADDED, Architecture, Source, ragged
+from .graph import EVEN, Architecture, Source, ragged
 from .quantise import quantised
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
@@ -68,7 +68,7 @@ def int8_source() -> Source:
         padding_id=-1,
     )
     weights = {name.removeprefix("bert."): array for name, array in _weights(int8_graph()).items()}
-    graph = ragged(weights, architecture, PADDED, ACTIVATION, MAX_LENGTH)
+    graph = ragged(weights, architecture, EVEN, ACTIVATION, MAX_LENGTH)
     tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")

@@ -14,10 +14,10 @@ drops the -1 and finds each document by ``lengths``. The layers between are BERT
   operator PackedMultiHeadAttention: it takes packed rows and where each document begins, and runs
   in fused kernels that hold nothing as large as L × L. It has kernels for GPUs only; ``portable``
   puts its definition in its place, which any processor runs.
-- Padded, FP32, to be quantised for a CPU, whose scorer gives one document at a time, so that
-  nothing is padded and gathering would be in vain: hidden states are [L, N, H]. Attention is in
-  plain products, which a CPU runs faster than it runs an operator for attention. With the places
-  first, heads are told apart by one Transpose, which ONNX Runtime makes a part of the product.
+- Even, FP32, to be quantised for a CPU, whose scorer gives one document at a time: hidden states
+  are [N, L, H], of documents that all have L tokens, and any others are refused. So nothing is
+  gathered, padded or masked, and ONNX Runtime's MultiHeadAttention, which without a mask holds
+  nothing as large as L × L on a CPU either, is as fast as plain products.
 
 The head reads the first row of each document, so nothing after the last layer's attention computes
 any other row, and on a CPU no other row has a query there. (Packed attention has as many queries as
@@ -52,13 +52,11 @@ _POSITIONS = "embeddings.position_embeddings.weight"
 #: What both add to a word's embedding, as one table; a token's kind is its row.
 _KINDS = "embeddings.kinds"
 
-#: T real tokens, N documents, L tokens of the longest. ``slots`` [N, L] says which of the T tokens
-#: stands at each place of the padded form; where ``mask`` is false, the document's own first.
-#: Positions are RoBERTa's, which do not count the padding token where a text has it. With -1 for
-#: its id, which is no token's, they are BERT's.
+#: T real tokens, N documents, L tokens of the longest.
 _DOCUMENTS = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
+    flat = Constant <value = int64[1] {-1}> ()
     no_token = Constant <value = int32 {0}> ()
     is_real = GreaterOrEqual (input_ids, no_token)
     real_ids = Compress <axis = 0> (input_ids, is_real)
@@ -75,27 +73,27 @@ _DOCUMENTS = """
     none_is_odd = And (none_is_empty, none_is_long)
     sound = And (add_up, none_is_odd)
     size = Where (sound, told_size, one)
-    query_size = Cast <to = 7> (query_lengths)
     longest = ReduceMax <keepdims = 0> (size)
     place = Range (zero, longest, one)
-    mask = Less (place, size)
-    end = CumSum (size, zero)
-    start = Sub (end, size)
-    unbounded = Add (start, place)
-    slots = Where (mask, unbounded, start)
-    padded_ids = Gather (ids, slots)
+    query_size = Cast <to = 7> (query_lengths)
     in_document = GreaterOrEqual (place, query_size)
-    padded_types = Cast <to = 7> (in_document)
+    type = Cast <to = 7> (in_document)
+    by_place = Shape (type)
+"""
+#: ``place_ids`` [N, L] → ``kind``, a token type and a position in one number. Positions are
+#: RoBERTa's, which do not count the padding token where a text has it. With -1 for its id, which is
+#: no token's, they are BERT's.
+_KIND = """
     padding_id = Constant <value = int64 {PADDING_ID}> ()
-    is_padding = Equal (padded_ids, padding_id)
+    is_padding = Equal (place_ids, padding_id)
     is_counted = Not (is_padding)
     counted = Cast <to = 7> (is_counted)
     running = CumSum (counted, one)
     numbered = Mul (running, counted)
-    padded_positions = Add (numbered, padding_id)
-    all_positions = Constant <value = int64 {POSITIONS}> ()
-    first_kinds = Mul (padded_types, all_positions)
-    padded_kinds = Add (first_kinds, padded_positions)
+    position = Add (numbered, padding_id)
+    positions = Constant <value = int64 {POSITIONS}> ()
+    first_of_type = Mul (type, positions)
+    kind = Add (first_of_type, position)
 """
 
 _EMBEDDINGS = """
@@ -111,10 +109,9 @@ _PROJECTION = """
     projected = Add (product, "embeddings_project.bias")
 """
 
-#: ``#`` stands for the layer's number, and ASKING for the rows of its input that the next needs.
+#: ``#`` stands for the layer's number.
 _LAYER = """
     input# = Identity (PREVIOUS)
-    asking# = ASKING
     key_product# = MatMul (input#, "encoder.layer.#.attention.self.key.weight")
     value_product# = MatMul (input#, "encoder.layer.#.attention.self.value.weight")
     ATTENTION
@@ -154,56 +151,44 @@ class Form:
     """What differs between the two forms of hidden states.
 
     Attributes:
+        places: ``place_ids`` [N, L], the token at each place.
         start: ``row_ids`` and ``row_kinds`` of the hidden states, ``first``, the documents' first
             rows among them, and what attention needs.
-        attention: ``input#``, ``asking#``, ``key_product#`` and ``value_product#`` → ``attended#``,
-            of the shape of ``asking#``.
-        last_attention: the same where ``asking#`` are the first rows alone.
+        attention: ``input#``, ``key_product#`` and ``value_product#`` → ``asking#``, the rows of
+            the input that anything after needs, and ``attended#``, of their shape.
+        last_attention: the same where those are the first rows alone.
     """
 
+    places: str
     start: str
     attention: str
     last_attention: str
 
 
-_PLAIN_ATTENTION = """
+_EVEN_ATTENTION = """
     query_product# = MatMul (asking#, "encoder.layer.#.attention.self.query.weight")
     query# = Add (query_product#, "encoder.layer.#.attention.self.query.bias")
     key# = Add (key_product#, "encoder.layer.#.attention.self.key.bias")
     value# = Add (value_product#, "encoder.layer.#.attention.self.value.bias")
-    query_heads# = Reshape (query#, apart)
-    queries# = Transpose <perm = [1, 0, 2]> (query_heads#)
-    key_heads# = Reshape (key#, apart)
-    keys# = Transpose <perm = [1, 2, 0]> (key_heads#)
-    value_heads# = Reshape (value#, apart)
-    values# = Transpose <perm = [1, 0, 2]> (value_heads#)
-    product# = MatMul (queries#, keys#)
-    scaled# = Mul (product#, scale)
-    masked# = Add (scaled#, bias)
-    shares# = Softmax <axis = -1> (masked#)
-    averages# = MatMul (shares#, values#)
-    average_heads# = Transpose <perm = [1, 0, 2]> (averages#)
-    attended# = Reshape (average_heads#, together)
+    attended# = com.microsoft.MultiHeadAttention <num_heads = HEADS> (query#, key#, value#)
 """
-PADDED = Form(
+EVEN = Form(
+    """
+    place_ids = Reshape (ids, by_place)
+    """,
     """
     first = Constant <value = int64[1] {0}> ()
-    scale = Constant <value = float {SCALE}> ()
-    row_ids = Transpose (padded_ids)
-    row_kinds = Transpose (padded_kinds)
-    apart = Constant <value = int64[3] {0, -1, HEAD_SIZE}> ()
-    together = Constant <value = int64[3] {0, -1, HIDDEN}> ()
-    seen = Constant <value = float {0}> ()
-    unseen = Constant <value = float {-3e38}> ()
-    document_bias = Where (mask, seen, unseen)
-    document_rows = Unsqueeze (document_bias, one)
-    every_head = Constant <value = int64[3] {1, HEADS, 1}> ()
-    head_bias = Expand (document_rows, every_head)
-    head_rows = Constant <value = int64[3] {-1, 1, 0}> ()
-    bias = Reshape (head_bias, head_rows)
+    row_ids = Identity (place_ids)
+    row_kinds = Identity (kind)
     """,
-    _PLAIN_ATTENTION,
-    _PLAIN_ATTENTION,
+    f"""
+    asking# = Identity (input#)
+    {_EVEN_ATTENTION}
+    """,
+    f"""
+    asking# = Gather <axis = 1> (input#, first)
+    {_EVEN_ATTENTION}
+    """,
 )
 
 #: With the biases in one piece, which ONNX Runtime concatenates once, at start.
@@ -221,11 +206,17 @@ _PACKED_ATTENTION = """
 """
 PACKED = Form(
     """
-    flat = Constant <value = int64[1] {-1}> ()
+    mask = Less (place, size)
+    end = CumSum (size, zero)
+    start = Sub (end, size)
+    unbounded = Add (start, place)
+    slots = Where (mask, unbounded, start)
+    place_ids = Gather (ids, slots)
+    """,
+    """
     first = Reshape (start, flat)
     rows = Constant <value = int64[2] {-1, HIDDEN}> ()
     states = Constant <value = int64[3] {-1, 1, HIDDEN}> ()
-    padded_shape = Shape (mask)
     places = Size (mask)
     every_place = Range (zero, places, one)
     flat_mask = Reshape (mask, flat)
@@ -233,22 +224,24 @@ PACKED = Form(
     real_places = Compress <axis = 0> (every_place, flat_mask)
     gaps = Compress <axis = 0> (every_place, flat_gaps)
     places_in_order = Concat <axis = 0> (real_places, gaps)
-    places_as_padded = Reshape (places_in_order, padded_shape)
-    offsets = Cast <to = 6> (places_as_padded)
+    order_by_place = Reshape (places_in_order, by_place)
+    offsets = Cast <to = 6> (order_by_place)
     no_end = Constant <value = int64[1] {0}> ()
     flat_end = Reshape (end, flat)
     all_ends = Concat <axis = 0> (no_end, flat_end)
     ends = Cast <to = 6> (all_ends)
-    flat_kinds = Reshape (padded_kinds, flat)
-    packed_kinds = Gather (flat_kinds, real_places)
+    flat_kind = Reshape (kind, flat)
+    packed_kind = Gather (flat_kind, real_places)
     row_ids = Unsqueeze (ids, one)
-    row_kinds = Unsqueeze (packed_kinds, one)
+    row_kinds = Unsqueeze (packed_kind, one)
     """,
     f"""
+    asking# = Identity (input#)
     {_PACKED_ATTENTION}
     attended# = Reshape (averages#, states)
     """,
     f"""
+    asking# = Gather (input#, first)
     {_PACKED_ATTENTION}
     all_attended# = Reshape (averages#, states)
     attended# = Gather (all_attended#, first)
@@ -356,7 +349,7 @@ def ragged(
     Args:
         weights: those of linear layers are [out, in].
         architecture: what else there is to know of the checkpoint.
-        form: ``PADDED`` or ``PACKED``.
+        form: ``EVEN`` or ``PACKED``.
         score: the ONNX operator that makes scores of logits, ``Sigmoid`` or ``Identity``.
         max_length: the most tokens of a pair.
 
@@ -364,7 +357,6 @@ def ragged(
         UnsupportedCheckpoint: the architecture has no place for some of the weights.
     """
     hidden = len(weights["encoder.layer.0.attention.self.query.weight"])
-    head_size = hidden // architecture.heads
     layers = len({number for name in weights for number in re.findall(r"layer\.(\d+)\.", name)})
     start = "projected" if "embeddings_project.weight" in weights else "embedded"
     pooled = "pooler.dense.weight" in weights
@@ -376,15 +368,14 @@ def ragged(
         "EPSILON": architecture.epsilon,
         "HIDDEN": hidden,
         "HEADS": architecture.heads,
-        "HEAD_SIZE": head_size,
-        "SCALE": head_size**-0.5,
         "FEED_FORWARD_ACTIVATION": architecture.activation,
         "HEAD_ACTIVATION": architecture.head_activation,
         "DENSE": "pooler.dense" if pooled else "classifier.dense",
         "LABEL": "classifier" if pooled else "classifier.out_proj",
         "SCORE": score,
     }
-    parts = [_DOCUMENTS, form.start, _EMBEDDINGS, _PROJECTION if start == "projected" else ""]
+    parts = [_DOCUMENTS, form.places, _KIND, form.start, _EMBEDDINGS]
+    parts.append(_PROJECTION if start == "projected" else "")
     parts += _layers(form, layers, start)
     parts.append(_HEAD.replace("PREVIOUS", f"hidden{layers - 1}"))
     text = re.sub(r"\b[A-Z][A-Z_]{3,}\b", lambda word: str(settings[word[0]]), "".join(parts))
@@ -399,13 +390,14 @@ def ragged(
     model.graph.initializer.extend(
         numpy_helper.from_array(array, name) for name, array in tensors.items()
     )
-    if form is PACKED:
-        # Else ONNX Runtime, which does not find the shapes behind attention, would not see that
-        # sums are of equal shapes, and not fuse them with the normalisation.
-        kind = model.graph.initializer[0].data_type
-        for name in (start, *(f"attended{i}" for i in range(layers - 1))):
-            shape = helper.make_tensor_value_info(name, kind, ["t", 1, hidden])
-            model.graph.value_info.append(shape)
+    # Behind attention ONNX Runtime finds neither the type, which quantisation needs, nor the shape,
+    # without which it does not fuse sums of equal shapes with the normalisation. On a CPU it should
+    # not: there that took three times as long.
+    kind = model.graph.initializer[0].data_type
+    last = f"attended{layers - 1}"
+    for name in (start, *(f"attended{i}" for i in range(layers))):
+        shape = ["t", 1, hidden] if form is PACKED and name != last else None
+        model.graph.value_info.append(helper.make_tensor_value_info(name, kind, shape))
     onnx.checker.check_model(model)
     return model
 
@@ -456,10 +448,9 @@ def _layers(form: Form, count: int, start: str) -> Iterator[str]:
     previous = start
     for i in range(count):
         last = i == count - 1
-        asking = "Gather (input#, first)" if last else "Identity (input#)"
         attention = form.last_attention if last else form.attention
-        layer = _LAYER.replace("ASKING", asking).replace("ATTENTION", attention)
-        yield layer.replace("PREVIOUS", previous).replace("#", str(i))
+        layer = _LAYER.replace("ATTENTION", attention).replace("PREVIOUS", previous)
+        yield layer.replace("#", str(i))
         previous = f"hidden{i}"
 
 
