@@ -57,8 +57,9 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     limits: list[dict[str, float]] = []
     single: dict[str, list[float]] = {"direct": [], "triton": []}
     with RerankClient(url, timeout=600) as client:
+        counted = _statistics(url)["reranker"]["count"]
         client.rank(every[0].query, every[0].documents)
-        before = _settled_statistics(url)
+        before = _settled_statistics(url, counted + 1)
         for each, tokens in zip(every, encoded):
             for _ in range(TURNS):
                 parts["bare"].append(_ms(bare.encode_batch_fast, each.documents))
@@ -66,7 +67,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
             parts["graph"].append(_ms(score, tokens))
             parts["request"].append(_ms(client.rank, each.query, each.documents))
             limits.append(limit(round(np.mean(tokens_of_pairs)), ("fp32", precision)))
-        after = _settled_statistics(url)
+        after = _settled_statistics(url, before["reranker"]["count"] + len(every))
         for each in every:
             some = each.documents[:SINGLES]
             inputs = [encode(tokenizer, each.query, [text]).inputs() for text in some]
@@ -119,11 +120,11 @@ def _ms(work: Callable[..., object], *arguments: object) -> float:
 Statistics = dict[str, dict[str, float]]
 
 
-def _settled_statistics(url: str) -> Statistics:
-    """Those after the last request, which Triton counts a moment after it has answered."""
+def _settled_statistics(url: str, requests: float) -> Statistics:
+    """Those with so many requests, which Triton counts a moment after it has answered."""
     previous, found = None, _statistics(url)
-    for _ in range(20):  # Not for ever, since the server may have other clients.
-        if found == previous:
+    for _ in range(50):  # Not for ever, since the server may have other clients.
+        if found["reranker"]["count"] >= requests and found == previous:
             break
         time.sleep(0.1)
         previous, found = found, _statistics(url)

@@ -56,7 +56,6 @@ _KINDS = "embeddings.kinds"
 _DOCUMENTS = """
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
-    flat = Constant <value = int64[1] {-1}> ()
     no_token = Constant <value = int32 {0}> ()
     is_real = GreaterOrEqual (input_ids, no_token)
     real_ids = Compress <axis = 0> (input_ids, is_real)
@@ -214,6 +213,7 @@ PACKED = Form(
     place_ids = Gather (ids, slots)
     """,
     """
+    flat = Constant <value = int64[1] {-1}> ()
     first = Reshape (start, flat)
     rows = Constant <value = int64[2] {-1, HIDDEN}> ()
     states = Constant <value = int64[3] {-1, 1, HIDDEN}> ()
