@@ -25,8 +25,8 @@ keys; on a GPU, one query a document took longer.)
 
 Triton lets anybody call an ensemble's steps themselves. Where ``lengths`` do not add up to the
 tokens, one request of a batch would have its neighbours read a wrong text, and documents longer
-than the model would take gigabytes. Then all lengths are taken as 1, and the execution fails or
-every logit is NaN.
+than the model would take gigabytes. Then all lengths are taken as 1, and the execution fails at the
+embeddings, or every logit is NaN.
 """
 
 from __future__ import annotations
@@ -231,9 +231,11 @@ PACKED = Form(
     all_ends = Concat <axis = 0> (no_end, flat_end)
     ends = Cast <to = 6> (all_ends)
     flat_kind = Reshape (kind, flat)
-    packed_kind = Gather (flat_kind, real_places)
+    real_kinds = Gather (flat_kind, real_places)
+    by_token = Shape (ids)
+    token_kinds = Reshape (real_kinds, by_token)
     row_ids = Unsqueeze (ids, one)
-    row_kinds = Unsqueeze (packed_kind, one)
+    row_kinds = Unsqueeze (token_kinds, one)
     """,
     f"""
     asking# = Identity (input#)
