@@ -24,7 +24,7 @@ serve: $(VENV)/.serving | published ## Serve the model repository until Ctrl-C
 export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8
 	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)
 
-bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers, and write them into the README
+bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers; into loadtest/RESULTS.md and README.md
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
 	$(BIN)/python -m loadtest.report
 

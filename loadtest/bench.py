@@ -37,6 +37,10 @@ from .limit import GPU, limit
 HERE = Path(__file__).parent
 #: The contestant whose logits are the others' measure.
 REFERENCE = "packed:fp32"
+#: The label of what padding costs.
+PADDED = "FP32, padded to the model's 512"
+#: The label of the server, as most clients meet it.
+SERVED = "through Triton, one client"
 #: The label of what a GPU serves.
 FP16 = "FP16, attention packed too"
 MODELS = HERE / "models"
@@ -80,7 +84,7 @@ def contestants(url: str | None) -> list[Contestant]:
     """The rows. ``url`` is the gRPC address of a server; without one it has no rows."""
     ladder = [
         Contestant("padded:4096", "ladder", "FP32, padded to 4096", share=(2, 2)),
-        Contestant("padded:512", "ladder", "FP32, padded to the model's 512", share=(2, 100)),
+        Contestant("padded:512", "ladder", PADDED, share=(2, 100)),
         Contestant("padded:longest", "ladder", "padded to the longest of the request"),
         Contestant(REFERENCE, "ladder", "packed: no padding but in attention"),
     ]
@@ -111,7 +115,7 @@ def contestants(url: str | None) -> list[Contestant]:
     if url:
         name = f"triton:{url}"
         ladder += [
-            Contestant(name, "ladder", "through Triton, one client"),
+            Contestant(name, "ladder", SERVED),
             Contestant(name, "ladder", "through Triton, 4 clients at a time", clients=4),
         ]
         if GPU:
@@ -344,7 +348,7 @@ def limit_of_gpu(every: Sequence[Request], pairs_per_second: float) -> dict[str,
 
 
 def main() -> int:
-    """Measures, and writes one JSON file, from which ``report`` makes the README's tables."""
+    """Measures, and writes one JSON file, from which ``report`` makes the tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     few = 43 if GPU else 8
     parser.add_argument("--queries", type=int, default=few, help="of 100 documents each")

@@ -1,8 +1,9 @@
-"""The benchmark's and the load tests' results → the README's tables, and their plots."""
+"""What was measured → the README's figures, the tables of ``RESULTS.md``, and the plots."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,31 +14,114 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from .bench import PADDED, SERVED
 from .sweep_report import facts, rates, stages, summary
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-OPERATIONS = HERE.parent / "docker" / "README.md"
-RESULTS = HERE / "results"
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {}: written by loadtest/report.py -->\n", "<!-- end of {} -->\n"
 COLOURS = {"ladder": "#2a6f97", "peers": "#adb5bd"}
+PEER = "sentence-transformers"
+#: How far nDCG@10 may be from FP32's and count as equal.
+EQUAL = 0.005
+#: What the benchmark wrote of one machine, and of one contestant there.
+Result = dict[str, Any]
+Row = dict[str, Any]
 
 
-def markdown(result: dict[str, Any], name: str) -> str:
+def figures(results: Iterable[Result]) -> str:
+    """The README's four, a column for each machine on which a server was measured."""
+    names = [
+        "",
+        "pairs a second, end to end",
+        f"against {PEER}",
+        f"against {PADDED}",
+        "nDCG@10 on TREC DL 2019 (FP32's)",
+    ]
+    head, *rows = zip(names, *map(_column, filter(_served, results)))
+    return (
+        f"{_table(head, rows)}\n\n"
+        f"Medians over requests. An nDCG@10 is equal within {EQUAL} of FP32's."
+    )
+
+
+def _served(result: Result) -> Row | None:
+    """The row of the server with one client."""
+    return next((row for row in result["rows"] if row["label"] == SERVED), None)
+
+
+def _column(result: Result) -> list[str]:
+    rows = {row["label"]: row for row in result["rows"]}
+    served = rows[SERVED]
+    busiest = max(rows.values(), key=lambda row: (row["table"] == "ladder", row["clients"]))
+    return [
+        f"{_machine(result)}, {'FP16' if result['hardware']['gpu'] else 'INT8'}",
+        f"**{_number(_rate(served))}**, {served['pairs'] // served['requests']} documents in "
+        f"{_number(served['latency_ms']['median'])} ms; {_number(_rate(busiest))} with "
+        f"{busiest['clients']} clients",
+        _against_backends(served, result["rows"]),
+        f"**{_times(served, rows[PADDED])}**",
+        f"**{_quality(served) or 'not measured'}**, {result['queries']} queries",
+    ]
+
+
+def _against_backends(served: Row, rows: Iterable[Row]) -> str:
+    """Against the peer's fastest backend of equal nDCG, and its fastest if that is another."""
+    backends = sorted((row for row in rows if row["label"].startswith(PEER)), key=_rate)
+    equal = [row for row in backends if _loss(row) <= EQUAL][-1:]
+    faster = [row for row in backends[-1:] if row not in equal]
+    told = [
+        f"**{_times(served, row)}** its fastest of equal nDCG@10, {_backend(row)}" for row in equal
+    ]
+    told += [f"{_times(served, row)} its fastest, {_backend(row)}" for row in faster]
+    return "; ".join(told) or "not measured"
+
+
+def _backend(row: Row) -> str:
+    return str(row["label"].removeprefix(f"{PEER}, "))
+
+
+def _rate(row: Row) -> float:
+    return float(row["pairs_per_second"]["median"])
+
+
+def _times(row: Row, other: Row) -> str:
+    return f"{_rate(row) / _rate(other):.1f} ×"
+
+
+def _loss(row: Row) -> float:
+    """How far its nDCG@10 is from FP32's; unknown is too far."""
+    if "ndcg_at_10" not in row:
+        return math.inf
+    return float(abs(row["ndcg_at_10"] - row["ndcg_at_10_of_fp32"]))
+
+
+def _quality(row: Row) -> str:
+    if "ndcg_at_10" not in row:
+        return ""
+    return f"{row['ndcg_at_10']:.4f} ({row['ndcg_at_10_of_fp32']:.4f})"
+
+
+def _machine(result: Result) -> str:
+    hardware = result["hardware"]
+    return str(hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}")
+
+
+def markdown(result: Result, name: str) -> str:
     """One machine's tables, with its plots ``NAME.png`` and ``NAME-latency.png``."""
     hardware = result["hardware"]
     cpu = f"{hardware['cores']} cores of {hardware['cpu']} ({', '.join(hardware['instructions'])})"
     machine = f"{hardware['gpu']}, {cpu}" if hardware["gpu"] else cpu
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     parts = [
-        f"**{machine}**, {result['data']}, {result['queries']} queries, with "
+        f"### {_machine(result)}",
+        f"{machine}, {result['data']}, {result['queries']} queries, with "
         f"{versions}, commit {result['commit']}. Medians over requests, and from the slowest to "
         "the fastest. Rows of fewer pairs had fewer requests, and so no nDCG. "
         'Errors are against the row "packed".',
-        f"![Pairs a second](loadtest/results/{name}.png)",
+        f"![Pairs a second](results/{name}.png)",
         _rates("step", [row for row in result["rows"] if row["table"] == "ladder"]),
         _rates("peer", [row for row in result["rows"] if row["table"] == "peers"]),
-        f"![Latency against throughput](loadtest/results/{name}-latency.png)",
+        f"![Latency against throughput](results/{name}-latency.png)",
     ]
     of_rows = {f"{name} {v}" for row in result["rows"] for name, v in row["versions"].items()}
     parts.append(", ".join(sorted(of_rows)) + ".")
@@ -55,17 +139,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _rates(first: str, rows: list[dict[str, Any]]) -> str:
+def _rates(first: str, rows: list[Row]) -> str:
     head = [first, "pairs/s", "pairs", "nDCG@10 (FP32's)", "largest logit error"]
     lines = []
     for row in rows:
         rate = {name: _number(value) for name, value in row["pairs_per_second"].items()}
-        quality = ""
-        if "ndcg_at_10" in row:
-            quality = f"{row['ndcg_at_10']:.4f} ({row['ndcg_at_10_of_fp32']:.4f})"
         spread = f"**{rate['median']}** ({rate['min']}–{rate['max']})"
         error = f"{row['largest_logit_error']:.2g}"
-        lines.append([row["label"], spread, row["pairs"], quality, error])
+        lines.append([row["label"], spread, row["pairs"], _quality(row), error])
     return _table(head, lines)
 
 
@@ -150,22 +231,41 @@ def _figure(value: float) -> str:
     return str(value) if isinstance(value, int) else _number(value)
 
 
-def plot_rates(result: dict[str, Any], path: Path) -> None:
+def plot_rates(result: Result, path: Path) -> None:
     """Bars of pairs a second, the steps above the peers."""
     rows = result["rows"][::-1]
-    rates = [row["pairs_per_second"]["median"] for row in rows]
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(rows) + 1), layout="constrained")
-    bars = axes.barh(
-        [row["label"] for row in rows], rates, color=[COLOURS[row["table"]] for row in rows]
-    )
-    axes.bar_label(bars, [_number(rate) for rate in rates], padding=3)
+    _bars(axes, rows)
     axes.set_xlabel("query–document pairs a second (median)")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def plot_latencies(result: dict[str, Any], path: Path) -> None:
+def plot_overview(results: Iterable[Result], path: Path) -> None:
+    """For the README: on each machine the server among the peers, all with one client."""
+    results = list(filter(_served, results))
+    figure, every = pyplot.subplots(
+        1, len(results), figsize=(6 * len(results), 3.6), squeeze=False, layout="constrained"
+    )
+    for axes, result in zip(every.flat, results):
+        rows = [row for row in result["rows"] if row["table"] == "peers" and row["clients"] == 1]
+        served = dict(_served(result) or {}, label="tritonrank, through Triton")
+        _bars(axes, sorted([*rows, served], key=_rate))
+        axes.set_title(_machine(result), fontsize=10)
+    figure.supxlabel("query–document pairs a second, one client (median)", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, rows: Sequence[Row]) -> None:
+    rates = [_rate(row) for row in rows]
+    colours = [COLOURS[row["table"]] for row in rows]
+    bars = axes.barh([row["label"] for row in rows], rates, color=colours)
+    axes.bar_label(bars, [_number(rate) for rate in rates], padding=3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_latencies(result: Result, path: Path) -> None:
     """A number for each way that took most requests: its throughput, and a request's latency."""
     figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     most = max(row["requests"] for row in result["rows"])
@@ -183,34 +283,36 @@ def plot_latencies(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def benchmark() -> str:
-    """Of each machine; draws the plots."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    for name, result in results.items():
-        plot_rates(result, RESULTS / f"{name}.png")
-        plot_latencies(result, RESULTS / f"{name}-latency.png")
-    parts = [markdown(result, name) for name, result in results.items()]
-    if not any(result["hardware"]["gpu"] for result in results.values()):
+def draw(machines: dict[str, Result], folder: Path) -> None:
+    """The plots of the benchmark."""
+    plot_overview(machines.values(), folder / "overview.png")
+    for name, result in machines.items():
+        plot_rates(result, folder / f"{name}.png")
+        plot_latencies(result, folder / f"{name}-latency.png")
+
+
+def benchmark(machines: dict[str, Result]) -> str:
+    """Of each machine."""
+    parts = [markdown(result, name) for name, result in machines.items()]
+    if not any(result["hardware"]["gpu"] for result in machines.values()):
         parts.append("GPU: not measured.")
     return "\n\n".join(parts)
 
 
-def load_tests() -> str:
-    """Of each folder that a sweep wrote."""
+def load_tests(folder: Path) -> str:
+    """Of each folder in there that a sweep wrote."""
     parts = []
-    for path in sorted(RESULTS.glob("*/load.json")):
-        result = json.loads(path.read_text())
-        parts.append(f"**{path.parent.name}**, `--workload {result['workload']}`. {facts(result)}")
+    for path in sorted(folder.glob("*/load.json")):
+        result, name = json.loads(path.read_text()), path.parent.name
+        parts += [f"### {name}", f"`--workload {result['workload']}`. {facts(result)}"]
         if result["closed_loop"]:  # Else the rates are those of a soak, and nothing to plot.
-            folder = path.parent.relative_to(README.parent)
-            parts += [summary(result), f"![Latency and throughput]({folder}/load.png)"]
+            parts += [summary(result), f"![Latency and throughput](results/{name}/load.png)"]
         parts += [_table(*rates(result)), _table(*stages(result))]
     return "\n\n".join(parts)
 
 
-def replicas() -> str:
+def replicas(result: Result) -> str:
     """Of each way to reach several servers."""
-    result = json.loads((RESULTS / "replicas" / "replicas.json").read_text())
     hardware = result["hardware"]
     head = ["meanwhile", "requests", "failed or wrong", "p50 ms", "p95 ms", "slowest ms", "shares"]
     parts = [
@@ -243,11 +345,16 @@ def write(path: Path, name: str, block: str) -> None:
     path.write_text(text)
 
 
-def main() -> None:
-    """Writes the tables between the marks of both READMEs, and the plots beside the results."""
-    write(README, "benchmark", benchmark())
-    write(README, "load", load_tests())
-    write(OPERATIONS, "replicas", replicas())
+def main(root: Path = ROOT) -> None:
+    """Writes a checkout's tables between their marks, and the plots beside the results."""
+    folder = root / "loadtest" / "results"
+    machines = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    draw(machines, folder)
+    write(root / "README.md", "figures", figures(machines.values()))
+    write(root / "loadtest" / "RESULTS.md", "benchmark", benchmark(machines))
+    write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
+    several = json.loads((folder / "replicas" / "replicas.json").read_text())
+    write(root / "docker" / "README.md", "replicas", replicas(several))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,13 @@ def test_contestants_agree_and_are_reported(
     }
     bench.prepare()
     every = [Request(query, texts, [0] * 11 + [3], [3]) for query, texts in sample[:2]]
-    names = ["packed:fp32", "padded:longest", "padded:4096", "transformers:"]
-    exact = [Contestant(name, "ladder", name, share=(1, 1)) for name in names]
+    labels = {
+        "packed:fp32": bench.PADDED,
+        "padded:longest": "the longest",
+        "padded:4096": "4096",
+        "transformers:": bench.SERVED,
+    }
+    exact = [Contestant(name, "ladder", label, share=(1, 1)) for name, label in labels.items()]
     reference, int8 = (
         Contestant("packed:fp32", "ladder", "all"),
         Contestant("pipeline:int8", "peers", "i"),
@@ -77,35 +82,61 @@ def test_contestants_agree_and_are_reported(
         "rows": rows,
         "left_out": failures,
     }
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    readme = tmp_path / "README.md"
-    marks = [report.BEGIN, "old\n", report.END]
-    blocks = ["".join(marks).format(name, name) for name in ("benchmark", "load")]
-    readme.write_text(f"before\n{blocks[0]}between\n{blocks[1]}after\n")
-    operations = tmp_path / "operations.md"
-    operations.write_text("".join(marks).format("replicas", "replicas"))
+    results = tmp_path / "loadtest" / "results"
+    (results / "replicas").mkdir(parents=True)
+    (results / "result.json").write_text(json.dumps(result))
     phase = Phase("one killed", 7, {"wrong answer": 2}, 1.0, 2.0, 3.0, [0.25, 0.75])
     ways = {"nginx": [asdict(phase)]}
     of_replicas = {name: result[name] for name in ("hardware", "commit")}
-    (tmp_path / "replicas").mkdir()
-    (tmp_path / "replicas" / "replicas.json").write_text(
+    (results / "replicas" / "replicas.json").write_text(
         json.dumps({**of_replicas, "seconds": 1, "ways": ways})
     )
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "OPERATIONS", operations)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    report.main()
-    text = readme.read_text()
-    assert "old" not in text + operations.read_text()
+    marks = "".join([report.BEGIN, "old\n", report.END])
+    readme, tables, operations = (
+        tmp_path / name for name in ("README.md", "loadtest/RESULTS.md", "docker/README.md")
+    )
+    operations.parent.mkdir()
+    readme.write_text(marks.format("figures", "figures"))
+    blocks = [marks.format(name, name) for name in ("benchmark", "load")]
+    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}after\n")
+    operations.write_text(marks.format("replicas", "replicas"))
+    report.main(tmp_path)
+    text = tables.read_text()
+    assert "old" not in readme.read_text() + text + operations.read_text()
     row = "| one killed | 7 | 2 wrong answer | 1 | 2 | 3 | 0.25 0.75 |"
     assert row in operations.read_text()
-    assert "| padded:4096 |" in text
+    assert "| 4096 |" in text
     assert "Left out: " in text
     assert "GPU: not measured" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    for plot in ("result.png", "result-latency.png"):
-        assert (tmp_path / plot).stat().st_size > 1000
+    for plot in ("overview.png", "result.png", "result-latency.png"):
+        assert (results / plot).stat().st_size > 1000
+    # Without nDCG nothing is said to be equal.
+    assert "not measured" in readme.read_text()
+
+
+def test_the_readme_compares_with_backends_of_equal_quality() -> None:
+    def row(label: str, rate: float, ndcg: float, table: str = "peers") -> report.Row:
+        spread = {"median": rate, "min": rate, "max": rate}
+        known = {"label": label, "table": table, "clients": 1, "pairs": 800, "requests": 8}
+        quality = {"ndcg_at_10": ndcg, "ndcg_at_10_of_fp32": 0.7}
+        return {**known, **quality, "pairs_per_second": spread, "latency_ms": {"median": 900.0}}
+
+    rows = [
+        row(bench.PADDED, 5, 0.7, "ladder"),
+        row(bench.SERVED, 100, 0.699, "ladder"),
+        row("sentence-transformers, a", 10, 0.7),
+        row("sentence-transformers, b", 40, 0.696),
+        row("sentence-transformers, c", 80, 0.71),
+    ]
+    result = {"hardware": bench.hardware(), "queries": 8, "rows": rows}
+    found = report.figures([result, {**result, "rows": rows[2:]}])
+    assert "| **2.5 ×** its fastest of equal nDCG@10, b; 1.2 × its fastest, c |" in found
+    assert "| **100**, 100 documents in 900 ms;" in found
+    assert "| **20.0 ×** |" in found
+    # The other machine had no server.
+    assert len(found.splitlines()[0].split(" | ")) == 2
 
 
 def test_concurrent_requests_are_answered_in_order(
