@@ -59,7 +59,7 @@ def _column(result: Result) -> list[str]:
         f"{_number(served['latency_ms']['median'])} ms; {_number(_rate(busiest))} with "
         f"{busiest['clients']} clients",
         _against_backends(served, result["rows"]),
-        f"**{_times(served, rows[PADDED])}**",
+        f"**{_times(served, rows[PADDED])}**" if PADDED in rows else "not measured",
         f"**{_quality(served) or 'not measured'}**, {result['queries']} queries",
     ]
 
