@@ -140,13 +140,19 @@ def test_numpy_2(int8_repository: Path, tmp_path: Path) -> None:
             assert [each.score for each in ranking] == expected.scores.tolist()
 
 
-def test_a_dead_stub_ends_the_server(int8_repository: Path) -> None:
-    with serving(int8_repository) as (process, _):
+@pytest.mark.parametrize(
+    ("who", "said"), [("server", r"tritonserver ended \(exit -11\)"), ("stub", "backend died")]
+)
+def test_what_dies_is_started_again(int8_repository: Path, who: str, said: str) -> None:
+    with serving(int8_repository) as (process, url), RerankClient(url, timeout=60) as client:
         [tritonserver] = {pid for pid in descendants(process.pid) if descendants(pid)}
-        os.kill(min(descendants(tritonserver)), signal.SIGKILL)
+        died = tritonserver if who == "server" else min(descendants(tritonserver))
+        os.kill(died, signal.SIGSEGV)
         assert process.stderr
-        assert "Python backend died" in process.stderr.read()
-        assert process.wait() == 1
+        log = iter(process.stderr.readline, "")
+        assert any(re.match(f"tritonrank: .*{said}: it is started again", line) for line in log)
+        assert url in next(line for line in log if line.startswith("Ready"))
+        assert client.rank("tea", ["a car", "green tea"])[0].index == 1
 
 
 def test_a_log_that_nobody_reads_stops_nothing(int8_repository: Path) -> None:

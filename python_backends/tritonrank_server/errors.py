@@ -5,6 +5,10 @@ class InvalidInput(ValueError):
     """The request cannot be served as it is; the message names the input, the limit, the remedy."""
 
 
+class Overloaded(RuntimeError):
+    """The request cannot be served now, or not in time; the message says what it would wait for."""
+
+
 class InvalidOutput(ArithmeticError):
     """The graph's answer cannot be ranked: it holds NaN or infinity."""
 

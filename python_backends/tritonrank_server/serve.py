@@ -22,6 +22,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from . import assets
 from .numpy2 import SWITCH
@@ -77,12 +78,14 @@ class EmbeddedServer:
     The server also stops when this process dies, however it dies; or the thread that entered it.
 
     Attributes:
+        settings: with the host's address, and the ports that it took.
         grpc_url, http_url, metrics_url: ``HOST:PORT`` of each service.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings = replace(settings, host=_address(settings.host))
-        ports = _free_ports(settings)
+        settings = replace(settings, host=_address(settings.host))
+        ports = grpc, http, metrics = _free_ports(settings)
+        self.settings = replace(settings, grpc_port=grpc, http_port=http, metrics_port=metrics)
         self.grpc_url, self.http_url, self.metrics_url = (f"{settings.host}:{p}" for p in ports)
         # Its own prefix, so that servers side by side never meet in /dev/shm.
         self._shm_prefix = f"tritonrank-{os.getpid()}-{ports[0]}-"
@@ -99,10 +102,10 @@ class EmbeddedServer:
         for package in ("onnxruntime", "tokenizers"):  # Else it is the stubs that miss them.
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"no package {package}", name=package)
-        for argument in self._settings.arguments:
+        for argument in self.settings.arguments:
             if argument.startswith(OWN):
                 raise ServerError(f"{argument} is not for passing on: serve has its own option")
-        repository = self._settings.model_repository
+        repository = self.settings.model_repository
         home = assets.tritonserver()
         _check_repository(repository, home)
         self._process = subprocess.Popen(
@@ -143,27 +146,24 @@ class EmbeddedServer:
         return self._process.pid
 
     def _arguments(self, home: Path) -> list[str]:
-        (grpc, http, metrics), host = self._ports(), self._settings.host
+        settings = self.settings
         return [
-            f"--model-repository={self._settings.model_repository}",
+            f"--model-repository={settings.model_repository}",
             "--model-config-name=cpu",
             f"--backend-directory={backends(home)}",
             shared_memory(self._shm_prefix),
             *OPTIONS,
-            f"--grpc-address={host}",
-            f"--grpc-port={grpc}",
-            f"--http-address={host}",
-            f"--http-port={http}",
-            f"--metrics-address={host}",
-            f"--metrics-port={metrics}",
+            f"--grpc-address={settings.host}",
+            f"--grpc-port={settings.grpc_port}",
+            f"--http-address={settings.host}",
+            f"--http-port={settings.http_port}",
+            f"--metrics-address={settings.host}",
+            f"--metrics-port={settings.metrics_port}",
             "--allow-gpu-metrics=false",
             "--log-info=false",
-            *restrictions(self._settings.arguments),
-            *self._settings.arguments,
+            *restrictions(settings.arguments),
+            *settings.arguments,
         ]
-
-    def _ports(self) -> list[str]:
-        return [url.rpartition(":")[2] for url in (self.grpc_url, self.http_url, self.metrics_url)]
 
     def _await_readiness(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -183,7 +183,7 @@ class EmbeddedServer:
     def _relay_log(self) -> None:
         """Passes Triton's log on, without what is harmless."""
         assert self._process.stdout
-        path = self._settings.log
+        path = self.settings.log
         with open(path, "wb") if path else nullcontext(sys.stderr.buffer) as sink:
             for line in self._process.stdout:
                 # Read on also where nobody reads the log, or Triton would wait for ever.
@@ -305,7 +305,10 @@ def environment() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``tritonrank serve``: the embedded server in the foreground until Ctrl-C or SIGTERM."""
+    """``tritonrank serve``: the embedded server in the foreground until Ctrl-C or SIGTERM.
+
+    A server that ends by itself is started again, at the same ports.
+    """
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="tritonrank serve",
@@ -325,23 +328,31 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        return _serve(settings)
-    except (ServerError, BackendDied, KeyFileError, assets.AssetError) as error:
+        _serve(settings)
+    except (ServerError, KeyFileError, assets.AssetError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
 
 
-def _serve(settings: Settings) -> int:
-    print("Starting Triton …", file=sys.stderr, flush=True)
-    started = time.monotonic()
-    with EmbeddedServer(settings) as server:
-        print(
-            f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
-            f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it.",
-            file=sys.stderr,
-            flush=True,
-        )
-        status = server.wait()
-    raise ServerError(f"tritonserver stopped by itself (exit {status}): see its log")
+def _serve(settings: Settings) -> NoReturn:
+    """Serves until it is interrupted; a server that ends by itself is started again."""
+    while True:
+        _say("Starting Triton …")
+        started = time.monotonic()
+        with EmbeddedServer(settings) as server:
+            settings = server.settings  # The same ports again.
+            _say(
+                f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
+                f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it."
+            )
+            try:
+                reason = f"tritonserver ended (exit {server.wait()})"
+            except BackendDied as error:
+                reason = str(error)
+        _say(f"tritonrank: {reason}: it is started again; its log says why")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def wait(process: subprocess.Popen[bytes], stop: threading.Event) -> int | None:
             return None
         seen |= {pid for pid in _children(process.pid) if _comm(pid) == STUB}
         if not all(map(_runs, seen)):
-            raise BackendDied("a process of Triton's Python backend died: start anew")
+            raise BackendDied("a process of Triton's Python backend died")
     return process.returncode
 
 
@@ -81,6 +81,7 @@ def end(process: subprocess.Popen[bytes], prefix: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     free(prefix)
+    free(f"tritonrank-{process.pid}-")  # The stages' own.
 
 
 def free(prefix: str) -> None:

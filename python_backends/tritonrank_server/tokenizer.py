@@ -79,6 +79,9 @@ class PairTokenizer:
     Args:
         path: ``tokenizer.json`` of an export, with truncation set to the model's max length.
         max_documents: the most documents that a request may have.
+
+    Attributes:
+        max_length: positions of the model.
     """
 
     def __init__(self, path: Path, max_documents: int) -> None:
@@ -86,12 +89,12 @@ class PairTokenizer:
         truncation = self._tokenizer.truncation
         if truncation is None:
             raise ValueError(f"{path} has no truncation, which is to say no max length")
-        self._max_length: int = truncation["max_length"]
+        self.max_length: int = truncation["max_length"]
         self._max_documents = max_documents
-        self._max_characters = CHARACTERS_PER_POSITION * self._max_length
+        self._max_characters = CHARACTERS_PER_POSITION * self.max_length
         self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer)
         # One token more than fits, so that a query that is too long shows.
-        self._tokenizer.enable_truncation(self._max_length + 1)
+        self._tokenizer.enable_truncation(self.max_length + 1)
 
     def read(self, query: bytes, documents: Sequence[bytes]) -> Pairs:
         """Checks one request, and encodes its query.
@@ -129,16 +132,16 @@ class PairTokenizer:
                 "shorten it"
             )
         ids = self._tokenizer.encode(query, add_special_tokens=False).ids
-        if len(ids) > self._max_length:
+        if len(ids) > self.max_length:
             raise InvalidInput(
-                f"QUERY has more tokens than the model has positions, {self._max_length}: "
+                f"QUERY has more tokens than the model has positions, {self.max_length}: "
                 "shorten it, or send the long text as a document"
             )
-        share = int(QUERY_SHARE * self._max_length) - len(self._prefix) - len(self._middle)
+        share = int(QUERY_SHARE * self.max_length) - len(self._prefix) - len(self._middle)
         return np.array([*self._prefix, *ids[:share], *self._middle], np.int32)
 
     def _assemble(self, query_ids: Int32, documents: list[list[int]]) -> Tokens:
-        room = self._max_length - len(query_ids) - len(self._suffix)
+        room = self.max_length - len(query_ids) - len(self._suffix)
         truncated = sum(len(document) > room for document in documents)
         for document in documents:
             document[room:] = self._suffix  # Cut, and ended.

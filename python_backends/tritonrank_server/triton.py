@@ -20,8 +20,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from . import numpy2
+from .admission import UNBOUNDED, Float64, Ledger, Size
 from .cross_encoder import CrossEncoder, Relevance, Work
-from .errors import InvalidInput, InvalidOutput
+from .errors import InvalidInput, InvalidOutput, Overloaded
 from .sorter import Ranking, rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
 
@@ -42,6 +43,7 @@ class _Stage(ABC, Generic[Decoded, Result]):
             code: _Counter("failures", "Requests failed", stage=args["model_name"], reason=reason)
             for code, reason in (
                 (pb_utils.TritonError.INVALID_ARG, "invalid"),
+                (pb_utils.TritonError.UNAVAILABLE, "refused"),
                 (pb_utils.TritonError.CANCELLED, "cancelled"),
                 (pb_utils.TritonError.INTERNAL, "internal"),
             )
@@ -107,6 +109,8 @@ def _attempt(function: Any, argument: Any) -> Any:
         return function(argument)
     except InvalidInput as error:
         return pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+    except Overloaded as error:
+        return pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
     except InvalidOutput as error:
         return pb_utils.TritonError(str(error), pb_utils.TritonError.INTERNAL)
     except Exception as error:  # The client gets one line, the log what happened.
@@ -125,6 +129,20 @@ def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
     return array
 
 
+def _timeout(request: Any) -> float:
+    """Seconds that the client gave it, counted from its entry into this stage's queue."""
+    return request.timeout() / 1e6 or math.inf
+
+
+def _is_bulk(request: Any) -> bool:
+    return json.loads(request.parameters() or "{}").get("bulk") is True
+
+
+def _ledger(most: Size = UNBOUNDED) -> Ledger:
+    """That of this server, whose process id is in its name."""
+    return Ledger(Path(f"/dev/shm/tritonrank-{os.getppid()}-ledger"), most)
+
+
 class _Counter:
     """A counter among Triton's metrics, ``tritonrank_NAME_total``, shared by all instances."""
 
@@ -140,34 +158,45 @@ class _Counter:
         self._metric.increment(count)
 
 
-class TokenizerModel(_Stage[Pairs, Tokens]):
-    """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N."""
+class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
+    """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N; its ticket."""
 
     def load(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
-        max_documents = int(parameters["max_documents"]["string_value"])
-        self._tokenizer = PairTokenizer(_version_folder(args) / "tokenizer.json", max_documents)
+        most = {name: int(value["string_value"]) for name, value in parameters.items()}
+        path = _version_folder(args) / "tokenizer.json"
+        self._tokenizer = PairTokenizer(path, most["max_documents"])
+        waiting = Size(math.inf, most["max_waiting_documents"], most["max_waiting_bytes"])
+        self._ledger = _ledger(waiting)
         self._documents = _Counter("documents", "Documents of valid requests")
         self._truncated = _Counter("truncated_documents", "Documents cut to fit the model")
         self._tokens = _Counter("tokens", "Tokens of query-document pairs, without padding")
 
-    def decode(self, request: Any) -> Pairs:
-        query, documents = _array(request, "QUERY"), _array(request, "DOCUMENTS")
-        return self._tokenizer.read(query.item(), documents.ravel().tolist())
+    def finalize(self) -> None:
+        self._ledger.close()
 
-    def run(self, batch: Sequence[Pairs]) -> Sequence[Tokens]:
-        results = self._tokenizer.encode(batch)
+    def decode(self, request: Any) -> tuple[Pairs, Float64]:
+        query = _array(request, "QUERY").item()
+        documents = _array(request, "DOCUMENTS").ravel().tolist()
+        pairs = self._tokenizer.read(query, documents)
+        size = Size.of(query, documents, self._tokenizer.max_length)
+        return pairs, self._ledger.take(size, _timeout(request), _is_bulk(request))
+
+    def run(self, batch: Sequence[tuple[Pairs, Float64]]) -> Sequence[tuple[Tokens, Float64]]:
+        results = self._tokenizer.encode([pairs for pairs, _ in batch])
         for tokens in results:
             self._documents.add(len(tokens.lengths))
             self._truncated.add(tokens.truncated)
             self._tokens.add(int(tokens.lengths.sum()))
-        return results
+        return [(tokens, ticket) for tokens, (_, ticket) in zip(results, batch)]
 
-    def encode(self, result: Tokens) -> dict[str, np.ndarray[Any, Any]]:
+    def encode(self, result: tuple[Tokens, Float64]) -> dict[str, np.ndarray[Any, Any]]:
+        tokens, ticket = result
         return {
-            "input_ids": result.input_ids,
-            "lengths": result.lengths[:, None],
-            "query_lengths": result.query_lengths[:, None],
+            "input_ids": tokens.input_ids,
+            "lengths": tokens.lengths[:, None],
+            "query_lengths": tokens.query_lengths[:, None],
+            "ticket": ticket[None],
         }
 
 
@@ -188,10 +217,8 @@ class CrossEncoderModel(_Stage[Work, Relevance]):
             )
         # Triton tells no step of an ensemble that its request was cancelled, but passes the timeout
         # on. Counted from here, it bounds what is spent on a client that is gone.
-        timeout = request.timeout() / 1e6 or math.inf
-        deadline = time.monotonic() + timeout
-        bulk = json.loads(request.parameters() or "{}").get("bulk") is True
-        return Work(tokens, lambda: time.monotonic() > deadline, bulk)
+        deadline = time.monotonic() + _timeout(request)
+        return Work(tokens, lambda: time.monotonic() > deadline, _is_bulk(request))
 
     def run(self, batch: Sequence[Work]) -> Sequence[Relevance | None]:
         results = self._cross_encoder.score(batch)
@@ -205,12 +232,15 @@ class CrossEncoderModel(_Stage[Work, Relevance]):
 
 
 class SorterModel(_Stage[Ranking, Ranking]):
-    """logits and scores FP32 [N, 1], TOP_K INT32 [1]? → INDICES, SCORES, LOGITS [K]."""
+    """logits and scores FP32 [N, 1], ticket FP64 [1, 5]?, TOP_K INT32 [1]? → the outputs [K]."""
 
     def load(self, args: dict[str, str]) -> None:
-        """Holds nothing: the ranking depends on the request alone."""
+        self._ledger = _ledger()
 
     def decode(self, request: Any) -> Ranking:
+        ticket = pb_utils.get_input_tensor_by_name(request, "ticket")
+        if ticket is not None:  # Else it did not come by way of the ensemble.
+            self._ledger.strike_out(ticket.as_numpy()[0])
         relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
         top_k = pb_utils.get_input_tensor_by_name(request, "TOP_K")
         return rank(relevance, None if top_k is None else top_k.as_numpy().item())

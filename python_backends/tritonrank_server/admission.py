@@ -1,0 +1,168 @@
+"""Which requests are taken: as many as memory holds, and none whose deadline cannot be met.
+
+A request that waits in vain costs its client the wait, and a server that computes for clients who
+have gone does nothing for those who have not. So what a request would have to wait for is known
+before it is taken: the stages of a server share a ledger, in which the tokenizer enters requests,
+and from which the sorter strikes them out. Between the two they go in the order of their coming.
+
+The ledger need not learn what becomes of a request: one that is given up on its way is struck out
+with the next one behind it, or is forgotten when all that was taken should be done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import Overloaded
+
+Float64 = npt.NDArray[np.float64]
+
+#: Bytes of text that are read for each position of the model, about. Work is counted in them, since
+#: they are known before a text is tokenized, which would cost as much as a GPU takes for the rest.
+BYTES_PER_POSITION = 4
+#: The pace is a mean over so much work: a large request's, so that it is soon right for another
+#: kind of requests.
+PACE_OF = 2.0**16
+#: The share of a deadline that a request may be expected to take, since it may take more: a server
+#: whose queue is as long as its deadlines works for clients who are gone.
+SHARE_OF_TIMEOUT = 0.75
+#: The share up to which its own work counts: by a pace of smaller requests it may be overestimated,
+#: and it must not be refused for that alone.
+OWN_SHARE_OF_TIMEOUT = 0.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a request asks for.
+
+    Attributes:
+        work: bytes of text that the model reads, queries included; time grows with them.
+        documents: how many.
+        memory: bytes of text that are held until it is answered.
+    """
+
+    work: float
+    documents: float
+    memory: float
+
+    @classmethod
+    def of(cls, query: bytes, documents: Sequence[bytes], positions: int) -> Size:
+        """That of a request to a model of so many positions."""
+        lengths = [len(document) for document in documents]
+        room = BYTES_PER_POSITION * positions
+        work = sum(min(len(query) + length, room) for length in lengths)
+        return cls(work, len(documents), len(query) + sum(lengths))
+
+
+UNBOUNDED = Size(math.inf, math.inf, math.inf)
+
+#: Of a queue: when all that was taken should be done, and when the last answer came, in seconds of
+#: the system's monotonic clock; seconds for a unit of work; sizes added up, as of ``Size``.
+_QUEUE = np.dtype(
+    [("until", "f8"), ("since", "f8"), ("pace", "f8"), ("taken", "f8", 3), ("answered", "f8", 3)]
+)
+
+
+class Ledger:
+    """What was taken and is not yet answered, shared by the processes of a server.
+
+    It has two queues, of interactive requests and of bulk ones, which go after all others, and wait
+    for as long as their clients do.
+
+    Args:
+        path: a file in memory, made where it is not there. What a server that is gone left in it
+            does no harm.
+        most: what may wait in a queue.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        most: Size = Size(math.inf, math.inf, math.inf),
+    ) -> None:
+        self._path, self._most = path, most
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(self._file, mmap.PAGESIZE)
+        self._queues = np.frombuffer(mmap.mmap(self._file, mmap.PAGESIZE), _QUEUE, count=2)
+
+    def close(self) -> None:
+        """Removes the file; those who have it go on with it."""
+        self._path.unlink(missing_ok=True)
+
+    def take(self, size: Size, timeout: float = math.inf, bulk: bool = False) -> Float64:
+        """Enters a request; gives its ticket, FP64 [5], for ``strike_out``.
+
+        Args:
+            size: of the request.
+            timeout: seconds until its deadline.
+            bulk: whether it goes after all that are not.
+
+        Raises:
+            Overloaded: too much waits already, or more than its deadline leaves time for.
+        """
+        with self._locked(bulk) as queue:
+            now = time.monotonic()
+            wait = max(0.0, queue["until"] - now)
+            if wait:
+                self._check_room(queue, size)
+            work = queue["pace"] * size.work
+            if wait and not bulk:
+                _check_deadline(wait, work, timeout)
+            queue["taken"] += astuple(size)
+            queue["until"] = now + wait + work
+            return np.array([bulk, now, *queue["taken"]])
+
+    def strike_out(self, ticket: Float64) -> None:
+        """Notes that a request, and so all that were taken before it, has its answer.
+
+        How long it took, since it was taken or since the answer before it, tells the server's pace.
+        """
+        bulk, taken_at, *position = ticket
+        with self._locked(bool(bulk)) as queue:
+            done = position[0] - queue["answered"][0]
+            # Another process may have been first with one that was taken later.
+            if not 0 < done <= queue["taken"][0] - queue["answered"][0]:
+                return
+            now = time.monotonic()
+            pace = max(0.0, now - max(queue["since"], taken_at)) / done
+            weight = min(1.0, done / PACE_OF) if queue["pace"] else 1.0
+            queue["pace"] += weight * (pace - queue["pace"])
+            queue["answered"], queue["since"] = position, now
+            queue["until"] = now + queue["pace"] * (queue["taken"][0] - position[0])
+
+    @contextmanager
+    def _locked(self, bulk: bool) -> Iterator[np.void]:
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield self._queues[int(bulk)]
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def _check_room(self, queue: np.void, size: Size) -> None:
+        _, documents, memory = queue["taken"] - queue["answered"] + astuple(size)
+        if documents > self._most.documents or memory > self._most.memory:
+            raise Overloaded(
+                f"{documents:.0f} documents with {memory / 2**20:.0f} MiB of text would wait, and "
+                f"{self._most.documents:.0f} with {self._most.memory / 2**20:.0f} MiB may: try "
+                "again later, or another server"
+            )
+
+
+def _check_deadline(wait: float, work: float, timeout: float) -> None:
+    if wait + min(work, OWN_SHARE_OF_TIMEOUT * timeout) > SHARE_OF_TIMEOUT * timeout:
+        raise Overloaded(
+            f"the work before this request takes about {wait:.1f} s, and its own {work:.1f} s, for "
+            f"which its timeout of {timeout:.1f} s has no room: try again later, another server, "
+            "or a longer timeout"
+        )
