@@ -262,6 +262,7 @@ BAD = {
     "no documents": ({"DOCUMENTS": texts()}, "DOCUMENTS is empty"),
     "too many": ({"DOCUMENTS": texts(*["x"] * 1025)}, "1025 documents.* 1024"),
     "blank query": ({"QUERY": texts(" \t\n")}, "QUERY is blank"),
+    "invisible query": ({"QUERY": texts("\u200b\u00ad\ufeff\u3164 \ufe0f")}, "QUERY is blank"),
     "query not UTF-8": ({"QUERY": texts(b"tea\xff")}, "QUERY is not valid UTF-8 .byte 3."),
     "document not UTF-8": ({"DOCUMENTS": texts("a", b"\xed\xa0\x80")}, r"DOCUMENTS\[1\] is not"),
     "query too long": ({"QUERY": texts("tea " * 600)}, "more tokens .* 512"),

@@ -114,7 +114,7 @@ class Ledger:
         with self._locked(bulk) as queue:
             now = time.monotonic()
             wait = max(0.0, queue["until"] - now)
-            if wait:
+            if wait or not queue["pace"]:  # Else all that was taken and has no answer is gone.
                 self._check_room(queue, size)
             work = queue["pace"] * size.work
             if wait and not bulk:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,18 @@ QUERY_SHARE = 0.5
 #: that one text can ask for and is far more than fits: a token of English is 4 characters, of
 #: Korean or Japanese 1 or 2.
 CHARACTERS_PER_POSITION = 64
+
+#: Unicode's categories of what shows nothing: controls, formats and separators,
+INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+#: and what it counts among letters, marks or symbols: fillers, a blank, a joiner, selectors of
+#: glyphs.
+FILLERS = frozenset(
+    chain(
+        "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
+        map(chr, range(0xFE00, 0xFE10)),
+        map(chr, range(0xE0100, 0xE01F0)),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class PairTokenizer:
         ]
 
     def _encode_query(self, query: str) -> Int32:
-        if not query.strip():
+        if not any(map(_is_visible, query)):
             raise InvalidInput("QUERY is blank: send a query with at least one visible character")
         if len(query) > self._max_characters:
             raise InvalidInput(
@@ -158,6 +171,10 @@ class PairTokenizer:
             query_lengths=np.full_like(tails, len(query_ids)),
             truncated=truncated,
         )
+
+
+def _is_visible(character: str) -> bool:
+    return category(character) not in INVISIBLE and character not in FILLERS
 
 
 def _decode(text: bytes, name: str) -> str:
