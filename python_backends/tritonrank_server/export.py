@@ -30,7 +30,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from . import default_model
+from . import default_model, reading
 from .assets import AssetError
 from .cross_encoder import CrossEncoder
 from .errors import ExportRefused, InvalidOutput, UnsupportedCheckpoint
@@ -39,11 +39,15 @@ from .pipeline import Pipeline
 from .tokenizer import PairTokenizer
 
 Float32 = npt.NDArray[np.float32]
+#: The tokens of the longest documents whose logits are compared, unless the model takes fewer.
+LONG = 512
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an exported graph is from its FP32 reference, over the queries of the sample.
+    """How far an exported graph is from its FP32 reference.
+
+    Rankings are those of the sample's queries; errors are also of its first documents made long.
 
     Attributes:
         logit_error: the largest absolute difference of a logit.
@@ -76,6 +80,13 @@ LIMITS = {
     "int8": [("kendall_tau", 0.85, False), ("top_5_overlap", 0.8, False)],
 }
 
+#: What to do about a graph that is too far.
+NEARER = {
+    "fp32": "it is a fault of this exporter, to be reported",
+    "fp16": "use --precision fp32",
+    "int8": "use --precision fp32, or fp16 for a GPU",
+}
+
 
 def export(model: str, precision: str, repository: Path) -> Path:
     """Exports a checkpoint, checks it, and publishes it; what was published before stays till then.
@@ -90,7 +101,8 @@ def export(model: str, precision: str, repository: Path) -> Path:
 
     Raises:
         UnsupportedCheckpoint: the checkpoint cannot be had or is of an unknown kind.
-        ExportRefused: the graph is too far from its FP32 reference.
+        ExportRefused: the graph is too far from its FP32 reference, its tokenizer reads something
+            else, or the repository cannot be written.
         AssetError: the default model could not be downloaded.
     """
     with _staging(repository / "cross_encoder") as folder:
@@ -100,6 +112,7 @@ def export(model: str, precision: str, repository: Path) -> Path:
         onnx.save(portable(source.graph), graph)  # The check has no GPU.
         source.tokenizer.save(str(folder / "tokenizer.json"))
         _say("Checking it against FP32 …")
+        reading.check(folder / "tokenizer.json", source)
         difference = _compare(folder, source, precision)
         _refuse_beyond_limits(difference, precision)
         onnx.save(source.graph, graph)
@@ -128,8 +141,8 @@ def _source(model: str, precision: str, staging: Path) -> Source:
 
 
 def _compare(folder: Path, source: Source, precision: str) -> Difference:
-    lines = (files(__package__) / "sample.jsonl").read_text(encoding="utf-8").splitlines()
-    requests = [json.loads(line) for line in lines]
+    sample, long = _sample(source)
+    requests = [*sample, long]
     documents = max(len(request["documents"]) for request in requests)
     tokenizer = PairTokenizer(folder / "tokenizer.json", documents)
     exported = Pipeline(tokenizer, CrossEncoder(folder / "model.onnx"))
@@ -143,13 +156,27 @@ def _compare(folder: Path, source: Source, precision: str) -> Difference:
     if precision != "int8":
         together = _logits_of_one_execution(folder / "model.onnx", tokenizer, requests)
         batch_error = float(np.abs(together - alone).max()) / spread
+    rankings = pairs[: len(sample)]
     return Difference(
         logit_error=error,
         relative_error=error / spread,
         batch_error=batch_error,
-        kendall_tau=float(np.mean([_kendall_tau(*pair) for pair in pairs])),
-        top_5_overlap=float(np.mean([_overlap(*pair, 5) for pair in pairs])),
+        kendall_tau=float(np.mean([_kendall_tau(*pair) for pair in rankings])),
+        top_5_overlap=float(np.mean([_overlap(*pair, 5) for pair in rankings])),
     )
+
+
+def _sample(source: Source) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The sample's requests, and one more, of documents that take all of the model's positions.
+
+    Or ``LONG`` of them, where there are very many, lest the check take many minutes.
+    """
+    lines = (files(__package__) / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    requests = [json.loads(line) for line in lines]
+    texts = [" ".join(request["documents"]) for request in requests]
+    length = min(source.max_length, LONG)
+    long = [reading.longer_than(length, [text], source.tokenizer) for text in texts]
+    return requests, {"query": requests[0]["query"], "documents": long}
 
 
 def _logits(exported: Pipeline, request: dict[str, Any]) -> Float32:
@@ -195,7 +222,7 @@ def _refuse_beyond_limits(difference: Difference, precision: str) -> None:
         if not (value <= limit if ceiling else value >= limit):
             raise ExportRefused(
                 f"{precision} is too far from FP32: {attribute} is {value:.3g}, and the limit is "
-                f"{limit:g}. Nothing was published; use a higher --precision"
+                f"{limit:g}. Nothing was published: {NEARER[precision]}"
             )
 
 
@@ -224,6 +251,11 @@ def _staging(models: Path) -> Iterator[Path]:
 
     One export at a time: another waits here for the lock, which goes with its process.
     """
+    if not os.access(models, os.W_OK | os.X_OK):
+        raise ExportRefused(
+            f"{models} cannot be written: export as its owner, or name another repository with "
+            "--model-repository"
+        )
     lock = os.open(models, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     for left_by_a_killed_export in models.glob(".staging-*"):
@@ -289,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
     arguments = parser.parse_args(argv)
     models = arguments.model_repository / "cross_encoder"
-    if not models.is_dir():
+    if not os.path.isdir(models):  # False also where it cannot be seen.
         parser.error(
             f"no model repository at {arguments.model_repository}: run this in a checkout of "
             "tritonrank, or name the folder with --model-repository"
@@ -303,8 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         export(arguments.model, arguments.precision, arguments.model_repository)
-    except (AssetError, ExportRefused, UnsupportedCheckpoint) as error:
-        print(f"tritonrank: {error}", file=sys.stderr)
+    except (AssetError, ExportRefused, UnsupportedCheckpoint, OSError) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)  # The last: no space, no permission.
         return 1
     finally:
         for number, handler in handlers.items():

@@ -331,7 +331,9 @@ class Source:
         graph: the ragged graph, at the wanted precision.
         tokenizer: with truncation at the model's max length, and without padding.
         max_length: the most tokens of a pair.
+        read: query and documents → N lists of ids, as the checkpoint's own tokenizer has them.
         reference: query and documents → FP32 [N], the logits of the checkpoint's own FP32 model.
+        unknown_id: what stands for a word that the tokenizer does not know, where it has such.
         provenance: what else is worth knowing of where this comes from.
     """
 
@@ -339,7 +341,9 @@ class Source:
     graph: onnx.ModelProto
     tokenizer: Tokenizer
     max_length: int
+    read: Callable[[str, list[str]], list[list[int]]]
     reference: Callable[[str, list[str]], npt.NDArray[np.float32]]
+    unknown_id: int | None
     provenance: dict[str, str]
 
 

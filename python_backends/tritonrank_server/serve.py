@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -260,27 +259,17 @@ def _answers(url: str) -> bool:
 
 
 def backends(home: Path) -> Path:
-    """The backend directory, with the Python backend's stub for this interpreter in its place.
-
-    A folder for each Python version, so that servers of several versions can share the cache; it
-    lies as deep as the wheel's own, since the libraries' RPATH is relative.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.exists():
-        raise ServerError(f"Triton's wheel has no stub for Python {version}: use 3.10 to 3.13")
+    """The backend directory of this interpreter's version, made when the wheel was unpacked."""
     if platform.machine() != "x86_64":
         raise ServerError("Triton's wheel is for x86-64 only: use the container image")
-    python_backend = home / f"backends-{version}" / "python"
-    if not python_backend.exists():
-        scratch = home / f"backends-{version}-{os.getpid()}"
-        shutil.copytree(home / "backends", scratch)
-        shutil.copy2(stub, scratch / "python")
-        try:
-            scratch.rename(python_backend.parent)
-        except OSError:  # Another process was first.
-            shutil.rmtree(scratch)
-    return python_backend.parent
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if not (home / "python_backend_stubs" / version).exists():
+        raise ServerError(f"Triton's wheel has no stub for Python {version}: use 3.10 to 3.13")
+    folder = home / f"backends-{version}"
+    if not folder.exists():
+        unpacked = home.parents[1]
+        raise ServerError(f"{unpacked} is of an older tritonrank: delete it, and start again")
+    return folder
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,167 @@
+"""A checkpoint's folder: where it is, and what is refused before anything of it is loaded.
+
+Loading is no check. Of what is missing, transformers makes something up (random weights, a
+vocabulary of five words); what it does not know, it leaves out; and code that a checkpoint brings
+along, it offers to run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from .errors import UnsupportedCheckpoint
+
+#: What of a hub repository is read, all of it from its top folder.
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+PICKLED = ["pytorch_model*.bin"]
+#: What peft keeps beside a model. transformers adds it to the weights if peft is installed.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+#: The files of any tokenizer.
+TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"], ["*.model"])
+GIT_LFS = b"version https://git-lfs"
+#: What sentence-transformers keeps beside a model.
+SAVED = "config_sentence_transformers.json"
+OWN_MODULE = re.compile(r"sentence_transformers\.([a-z_]+\.)*Transformer")
+
+
+def find(name: str) -> Path:
+    """The folder of a checkpoint: a local one, or a hub id's, downloaded unless it is there.
+
+    Raises:
+        UnsupportedCheckpoint: there is none.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UnsupportedCheckpoint(f"{name} is a file: name the folder with its config.json")
+    try:
+        folder = _snapshot(name, FILES)
+        return folder if any(folder.glob("*.safetensors")) else _snapshot(name, PICKLED)
+    except (PermissionError, RuntimeError) as error:  # The latter where there is no home.
+        raise UnsupportedCheckpoint(
+            f"cannot keep {name} ({one_line(error)}): set HF_HOME to a folder that can be written"
+        ) from error
+    except Exception as error:  # Of many kinds: of the name, of the connection, of its client.
+        raise UnsupportedCheckpoint(
+            f"cannot load {name}: there is no such folder here, and from the hub: {one_line(error)}"
+        ) from error
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says, where it says all of what is to be run.
+
+    Raises:
+        UnsupportedCheckpoint: it is not there, not what it looks like, or not all.
+    """
+    _refuse_adapter(folder)
+    _refuse_pointers(folder)
+    if not (folder / "config.json").is_file():
+        raise UnsupportedCheckpoint(
+            f"{folder} has no config.json: name a folder that save_pretrained of transformers wrote"
+        )
+    for name in ("tokenizer_config.json", "config.json"):
+        content: dict[str, Any] = _read(folder / name)
+        if "auto_map" in content:
+            raise UnsupportedCheckpoint(
+                f"{folder / name} names code of its own (auto_map), and none is run: use a "
+                "checkpoint that transformers runs by itself"
+            )
+    return content
+
+
+def refuse_broken_parts(folder: Path) -> None:
+    """Looks at the tokenizer and the weights.
+
+    Raises:
+        UnsupportedCheckpoint: there is no tokenizer, or one of the files is broken.
+    """
+    if not any(all(any(folder.glob(each)) for each in files) for files in TOKENIZERS):
+        raise UnsupportedCheckpoint(
+            f"{folder} has no tokenizer: it needs {', or '.join(map(' and '.join, TOKENIZERS))}"
+        )
+    _read(folder / "tokenizer.json")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except SafetensorError as error:
+            raise UnsupportedCheckpoint(f"{path} is broken ({error}): get it anew") from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    for name in ADAPTER:
+        if (folder / name).exists():
+            raise UnsupportedCheckpoint(
+                f"{folder / name} is an adapter (LoRA), which is not read: merge it into the "
+                "weights with peft's merge_and_unload, and save the result"
+            )
+
+
+def _refuse_pointers(folder: Path) -> None:
+    for path in filter(Path.is_file, folder.iterdir()):
+        with path.open("rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise UnsupportedCheckpoint(
+                    f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` there"
+                )
+
+
+def activation(folder: Path) -> str:
+    """The activation that sentence-transformers runs, by its full name in Python.
+
+    It is named in ``config_sentence_transformers.json`` since 5.4, else in ``config.json``, since
+    4.0 under ``sentence_transformers``. Where none is named, it is a sigmoid.
+
+    Raises:
+        UnsupportedCheckpoint: sentence-transformers would run more than the model on the texts.
+    """
+    config, saved = (_read(folder / name) for name in ("config.json", SAVED))
+    modules = _read(folder / "modules.json", list)
+    try:
+        types = [each["type"] for each in modules]
+        whole = len(types) < 2 and all(map(OWN_MODULE.fullmatch, types))
+        older = config.get("sbert_ce_default_activation_function")
+        kept = (config.get("sentence_transformers") or {}).get("activation_fn", older)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnsupportedCheckpoint(
+            f"config.json or modules.json in {folder} is not as sentence-transformers writes it"
+        ) from error
+    if not whole:
+        raise UnsupportedCheckpoint(
+            f"{folder / 'modules.json'} names {' and '.join(types)}: only a Transformer of "
+            "sentence-transformers, and it alone, is supported"
+        )
+    if saved.get("default_prompt_name"):
+        raise UnsupportedCheckpoint(
+            f"{folder / SAVED} has default_prompt_name {saved['default_prompt_name']}: prompts are "
+            "not supported"
+        )
+    return str(saved.get("activation_fn") or kept or "torch.nn.Sigmoid")
+
+
+def _read(path: Path, kind: type = dict) -> Any:
+    """The JSON object or list in a file; an empty one for a file that is not there."""
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() else kind()
+    except ValueError as error:
+        raise UnsupportedCheckpoint(f"{path} is not JSON ({error}): get it anew") from error
+    if not isinstance(content, kind):
+        raise UnsupportedCheckpoint(f"{path} holds no JSON of the type {kind.__name__}")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of its error."""
+    return shorten(str(error), 200, placeholder=" …") or type(error).__name__
