@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -657,6 +659,7 @@ def test_mutual_tls(tmp_path: Path, service: Service) -> None:
 def test_table_is_cut_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     table = format_table([RankedDocument(3, 0.5, -1.25, "日本\n語" * 20)])
+    assert "\x1b" not in format_table([RankedDocument(0, 0.5, 0.0, "\x1b[2J a terminal's command")])
     header, row = table.splitlines()
     assert row.startswith("   1  0.5000   -1.250      3  日本 語")
     assert row.endswith("…")
@@ -677,6 +680,48 @@ def test_rank_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "line 1 of" in capsys.readouterr().err
     assert main(["rank", "query", str(file), "--url", f"http://{url}"]) == 1
     assert capsys.readouterr().err
+    file.write_bytes(b"\xef\xbb\xbfa")
+    assert main(["rank", "query", str(file), "--url", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["document"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirections", "message"),
+    [
+        (["query", "{file}", "--timeout=nan"], "", "timeout is nan: pass seconds"),
+        (["query", "{file}", "--timeout=0"], "", "pass a longer timeout"),
+        (["query", "{file}", "--url=127.0.0.1:9"], "", "Connection refused"),
+        (["query", "{file}", "--url="], "", "pass HOST:PORT"),
+        (["query", "{file}", "--root-certificates={file}"], "", "pass PEM files"),
+        (["\udcff", "{file}"], "", "query has half of a surrogate pair"),
+        (["query", "/"], "", "Is a directory"),
+        (["query"], "<&-", "standard input is closed: name a file"),
+        (["query", "{file}"], ">&-", "standard output is closed"),
+        (["query", "{file}"], ">/dev/full", "No space left on device"),
+    ],
+)
+def test_rank_command_fails_in_one_line(
+    url: str, tmp_path: Path, arguments: list[str], redirections: str, message: str
+) -> None:
+    file = tmp_path / "documents.txt"
+    file.write_text("a\nb\n")
+    rank = [each.format(file=file) for each in arguments]
+    if not any("--url" in each for each in rank):
+        rank.append(f"--url={url}")
+    shell = ["sh", "-c", f'exec "$@" {redirections}', "sh"]
+    command = [*shell, sys.executable, "-m", "tritonrank", "rank", *rank]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("tritonrank: ")
+    assert message in line
+
+
+def test_rank_command_writes_utf_8(url: str) -> None:
+    command = [sys.executable, "-m", "tritonrank", "rank", "query", f"--url={url}"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, input="일".encode(), capture_output=True, env=environment)
+    assert done.stdout.decode().endswith("일\n")
 
 
 def test_the_client_needs_no_package_of_the_server() -> None:
