@@ -127,8 +127,9 @@ def test_users_end_where_no_server_is(user: str, processes: list[str]) -> None:
 def test_users_end_whose_server_has_died(int8_repository: Path, user: str) -> None:
     options = ["--run-time=8s", "--timeout=3", "--stop-timeout=5"]
     with start(int8_repository) as server, ThreadPoolExecutor(1) as pool:
+        before = answered(server)
         run = pool.submit(locust, server.grpc_url, *FAILING, *options, user)
-        while not run.done() and not answered(server):
+        while not run.done() and answered(server) == before:
             time.sleep(0.1)
         os.kill(server.pid, signal.SIGKILL)
         counts, _ = run.result()
