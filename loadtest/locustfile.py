@@ -31,6 +31,7 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 from tokenizers import Tokenizer
 from tritonrank import RerankClient
+from tritonrank.connection import Endpoint
 
 # Locust puts this file's folder on the path, not the one it is a package in.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -86,7 +87,9 @@ class _Reranking(User):  # type: ignore[misc]
         try:
             self.rank(request)
         except Exception as raised:  # Any failure is one for the report.
-            name, error = f"{name}: {type(raised).__name__}", raised
+            kind = type(raised).__name__
+            # Not the exception itself, which Locust would keep, and with it its frames' client.
+            name, error = f"{name}: {kind}", f"{kind}: {raised}"
         self.environment.events.request.fire(
             request_type=type(self).__name__,
             name=name,
@@ -131,11 +134,14 @@ class TritonUser(_Reranking):
 
     def on_start(self) -> None:
         super().on_start()
-        self.client = triton.InferenceServerClient(self.host)
+        proxied = Endpoint.of(self.host, None).proxy is not None
+        options = [("grpc.enable_http_proxy", proxied), ("grpc.max_receive_message_length", -1)]
+        self.client = triton.InferenceServerClient(self.host, channel_args=options)
 
     def on_stop(self) -> None:
-        # It closes itself when collected: left to the interpreter's end, when gevent is gone, that
-        # would wait for ever.
+        # It closes itself when collected: at the interpreter's end, when gRPC's lock is held by a
+        # thread that is gone, that would wait for ever. Not twice: gRPC counts the channels, and
+        # at none it stops serving the others.
         del self.client
 
     def rank(self, request: Request) -> None:

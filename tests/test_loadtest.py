@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
@@ -16,6 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from conftest import start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank.cli import main
 from tritonrank_server.serve import EmbeddedServer
@@ -54,7 +59,7 @@ def locust(url: str, *arguments: str) -> tuple[dict[str, int], str]:
     """Runs Locust without its page; gives its count of requests by name, and what it printed."""
     command = [sys.executable, "-m", "locust", "-f", str(LOADTEST / "locustfile.py"), "--headless"]
     done = subprocess.run(
-        [*command, "--json", "--host", url, *arguments], capture_output=True, text=True, timeout=300
+        [*command, "--json", "--host", url, *arguments], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     # Each worker prints an empty list, too.
@@ -68,8 +73,14 @@ def documents_ranked(printed: str) -> int:
     return int(total)
 
 
-@pytest.mark.parametrize("user", ["RerankUser", "TritonUser", "ArrivalUser"])
-def test_users_on_a_real_server(int8_server: EmbeddedServer, user: str) -> None:
+USERS = ("RerankUser", "TritonUser", "ArrivalUser")
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_on_a_real_server(
+    int8_server: EmbeddedServer, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # Which is not for this machine.
     many = ["--users=4", "--spawn-rate=4", "--run-time=4s", "--stop-timeout=30"]
     options = ["--workload=autocomplete", "--timeout=60"]
     counts, printed = locust(int8_server.grpc_url, *many, *options, user)
@@ -85,12 +96,53 @@ def test_shapes_and_processes(int8_server: EmbeddedServer) -> None:
     assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
 
 
-def test_failures_are_told_apart(int8_server: EmbeddedServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("user", USERS)
+def test_failures_are_told_apart(int8_server: EmbeddedServer, tmp_path: Path, user: str) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text('{"query": " ", "documents": ["a"]}')
     many = ["--users=1", "--run-time=2s", "--exit-code-on-error=0", "--workload", str(own)]
-    counts, _ = locust(int8_server.grpc_url, *many, "RerankUser")
-    assert set(counts) == {f"{own}: InvalidRequestError"}
+    counts, printed = locust(int8_server.grpc_url, *many, user)
+    kind = "InferenceServerException" if user == "TritonUser" else "InvalidRequestError"
+    assert set(counts) == {f"{own}: {kind}"}
+    assert "QUERY is blank" in printed
+
+
+def answered(server: EmbeddedServer) -> float:
+    return sweep.metrics(server.metrics_url)["nv_inference_request_success sorter"]
+
+
+FAILING = ("--users=4", "--spawn-rate=4", "--exit-code-on-error=0", "--workload=autocomplete")
+
+
+@pytest.mark.parametrize("processes", [[], ["--processes=2"]], ids=["one", "two"])
+@pytest.mark.parametrize("user", USERS)
+def test_users_end_where_no_server_is(user: str, processes: list[str]) -> None:
+    counts, printed = locust("127.0.0.1:9", *FAILING, "--run-time=3s", *processes, user)
+    assert sum(counts.values()) > 0
+    assert "autocomplete" not in counts
+    assert "Connection refused" in printed
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_end_whose_server_has_died(int8_repository: Path, user: str) -> None:
+    options = ["--run-time=8s", "--timeout=3", "--stop-timeout=5"]
+    with start(int8_repository) as server, ThreadPoolExecutor(1) as pool:
+        before = answered(server)
+        run = pool.submit(locust, server.grpc_url, *FAILING, *options, user)
+        while not run.done() and answered(server) == before:
+            time.sleep(0.1)
+        os.kill(server.pid, signal.SIGKILL)
+        counts, _ = run.result()
+    assert counts.pop("autocomplete") > 0
+    assert sum(counts.values()) > 0
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_end_whose_server_says_nothing(user: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        counts, _ = locust(url, *FAILING, "--run-time=3s", "--timeout=2", user)
+    assert sum(counts.values()) > 0
 
 
 @dataclass

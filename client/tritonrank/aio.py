@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
-from . import protocol
-from .connection import TLS, open_channel
-from .errors import from_rpc
+from . import arguments, protocol
+from .connection import TLS, Endpoint
+from .errors import closed, from_rpc
 from .protocol import RankedDocument
 
 
 class AsyncRerankClient:
     """``RerankClient`` for asyncio. A task that is cancelled cancels its request on the server.
 
+    It may be made anywhere, and used in any event loop: each has a channel of its own.
+
     Args:
         url: ``HOST:PORT``, or several; calls go round the servers that are up.
         timeout: seconds that a call may take, retries included.
         tls: transport security; default, none.
+
+    Raises:
+        TypeError, ValueError, OSError: see ``RerankClient``.
     """
 
     def __init__(
         self,
-        url: str | Sequence[str] = "127.0.0.1:8001",
+        url: str | Iterable[str] = "127.0.0.1:8001",
         *,
         timeout: float = 10.0,
         tls: TLS | None = None,
     ) -> None:
-        self._timeout = timeout
-        self._channel = open_channel(grpc.aio, url, tls)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._timeout = arguments.seconds(timeout)
+        self._endpoint = Endpoint.of(url, tls)
+        self._channels: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}
+        self._closed = False
         self._limit: int | None = None
 
     async def __aenter__(self) -> AsyncRerankClient:
@@ -44,21 +51,28 @@ class AsyncRerankClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the channel; calls that still run are cancelled."""
-        await self._channel.close()
+        """Closes all channels; calls that still run fail, as later ones do."""
+        self._closed = True
+        while self._channels:
+            loop, (channel, _) = self._channels.popitem()
+            if loop is asyncio.get_running_loop():
+                await channel.close()
+            elif loop.is_running():  # In another thread.
+                asyncio.run_coroutine_threadsafe(channel.close(), loop)
 
     async def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         timeout: float | None = None,
         bulk: bool = False,
         request_id: str = "",
     ) -> list[RankedDocument]:
         """Ranks the documents; see ``RerankClient.rank``."""
-        timeout = self._timeout if timeout is None else timeout
-        protocol.check(documents, top_k, timeout)
+        timeout = self._timeout if timeout is None else arguments.seconds(timeout)
+        arguments.check(query, top_k, bulk, request_id)
+        documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
         try:
             limit = await self._document_limit(deadline)
@@ -77,9 +91,27 @@ class AsyncRerankClient:
                 for call in calls:
                     call.cancel()
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            raise from_rpc(error, self._endpoint.proxy) from error
+        except (grpc.aio.UsageError, asyncio.CancelledError) as error:
+            if self._closed and not _cancelling():
+                raise closed() from error
+            raise
         rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
         return protocol.merge(rankings, top_k)
+
+    @property
+    def _stub(self) -> Any:
+        """Of the loop that runs, to which gRPC ties a channel."""
+        if self._closed:
+            raise closed()
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            for ended in [each for each in list(self._channels) if each.is_closed()]:
+                self._channels.pop(ended, None)
+            channel = self._endpoint.open(grpc.aio)
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            self._channels[loop] = channel, stub
+        return self._channels[loop][1]
 
     async def _document_limit(self, deadline: float) -> int:
         if self._limit is None:
@@ -87,3 +119,9 @@ class AsyncRerankClient:
             answer = await self._stub.ModelConfig(protocol.LIMIT_REQUEST, timeout=remaining)
             self._limit = answer.config.max_batch_size
         return self._limit
+
+
+def _cancelling() -> bool:
+    """Whether it is the caller's own task that is cancelled; Python 3.10 cannot tell."""
+    task = asyncio.current_task()
+    return sys.version_info >= (3, 11) and task is not None and task.cancelling() > 0

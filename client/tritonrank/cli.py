@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
 import json
 import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 
 from .client import RerankClient
@@ -28,13 +30,18 @@ SERVER_COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; gives the exit status: 0, or 1 after one line on standard error."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0] in SERVER_COMMANDS:
-        return _server_command(*arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # As what comes in.
     try:
-        return _rank(_parser().parse_args(arguments))
-    except (RerankError, OSError, ValueError) as error:
+        if arguments and arguments[0] in SERVER_COMMANDS:
+            status = _server_command(*arguments)
+        else:
+            status = _rank(_parser().parse_args(arguments))
+        print(end="", flush=True)
+        return status
+    except OSError as error:  # Of the output: what is left of it would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # The reader, `head` say, has seen enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
@@ -89,28 +96,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    documents = _lines(arguments.file)
     url = arguments.url or "127.0.0.1:8001"
     tls = TLS(arguments.root_certificates, arguments.private_key, arguments.certificate_chain)
     tls_or_none = None if tls == TLS() else tls
-    with RerankClient(url, timeout=arguments.timeout, tls=tls_or_none) as client:
-        ranking = client.rank(arguments.query, documents, arguments.top_k)
+    try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: there is nowhere to print to")
+        documents = _lines(arguments.file)
+        with RerankClient(url, timeout=arguments.timeout, tls=tls_or_none) as client:
+            ranking = client.rank(arguments.query, documents, arguments.top_k)
+    except (RerankError, OSError, ValueError) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
     if arguments.json:
         print(json.dumps([asdict(each) for each in ranking], ensure_ascii=False, indent=2))
     else:
         print(format_table(ranking))
-    sys.stdout.flush()
     return 0
 
 
 def _lines(path: str) -> list[str]:
     """The documents. Not str.splitlines, which also splits at characters inside a line."""
     if path == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a file")
         content = sys.stdin.buffer.read()
     else:
         with open(path, "rb") as file:
             content = file.read()
-    lines = content.split(b"\n")
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()
     try:

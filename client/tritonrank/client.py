@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
-from . import protocol
-from .connection import TLS, open_channel
-from .errors import from_rpc
+from . import arguments, protocol
+from .connection import TLS, Endpoint
+from .errors import closed, from_rpc
 from .protocol import RankedDocument
 
 
@@ -22,17 +22,23 @@ class RerankClient:
         url: ``HOST:PORT``, or several; calls go round the servers that are up.
         timeout: seconds that a call may take, retries included.
         tls: transport security; default, none.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be meant; the message names it.
+        OSError: a file of ``tls`` cannot be read.
     """
 
     def __init__(
         self,
-        url: str | Sequence[str] = "127.0.0.1:8001",
+        url: str | Iterable[str] = "127.0.0.1:8001",
         *,
         timeout: float = 10.0,
         tls: TLS | None = None,
     ) -> None:
-        self._timeout = timeout
-        self._channel = open_channel(grpc, url, tls)
+        self._timeout = arguments.seconds(timeout)
+        self._endpoint = Endpoint.of(url, tls)
+        self._channel = self._endpoint.open(grpc)
+        self._closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._limit: int | None = None
 
@@ -43,13 +49,14 @@ class RerankClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the channel; calls that still run are cancelled."""
+        """Closes the channel; calls that still run fail, as later ones do."""
+        self._closed = True
         self._channel.close()
 
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         timeout: float | None = None,
         bulk: bool = False,
@@ -61,9 +68,10 @@ class RerankClient:
 
         Args:
             query: not blank.
-            documents: one or more; an empty string is one.
+            documents: one or more, in an order, whatever holds them: an index is a position in it.
+                An empty string is one.
             top_k: how many to return, 1 or more; default, all.
-            timeout: seconds, in place of the client's own.
+            timeout: seconds, in place of the client's own; 0 and less fail at once.
             bulk: whether it goes after all calls that are not, in small parts, so that they wait
                 for one at most. A call of more documents than a request may have always does.
             request_id: stands in the server's log and traces.
@@ -72,12 +80,14 @@ class RerankClient:
             InvalidRequestError: the server refused the request, and says why.
             ServerUnavailableError: no server answered, or all were too busy.
             RerankTimeoutError: the deadline passed.
-            RerankError: any other failure.
-            TypeError: ``documents`` is one string, or holds something else than strings.
-            ValueError: ``timeout`` is no number, or more than a year.
+            RerankError: any other failure, also of a client that is or gets closed.
+            TypeError: an argument, or one of ``documents``, of another type.
+            ValueError: half of a surrogate pair in a text, or a ``timeout`` that is no number or
+                more than a year.
         """
-        timeout = self._timeout if timeout is None else timeout
-        protocol.check(documents, top_k, timeout)
+        timeout = self._timeout if timeout is None else arguments.seconds(timeout)
+        arguments.check(query, top_k, bulk, request_id)
+        documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
         try:
             limit = self._document_limit(deadline)
@@ -95,8 +105,12 @@ class RerankClient:
             finally:  # Does nothing to a call that is done.
                 for call in calls:
                     call.cancel()
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
+        except (grpc.RpcError, ValueError) as error:  # The latter by a channel that is closed.
+            if self._closed:
+                raise closed() from error
+            if isinstance(error, grpc.RpcError):
+                raise from_rpc(error, self._endpoint.proxy) from error
+            raise
         rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
         return protocol.merge(rankings, top_k)
 

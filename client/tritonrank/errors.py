@@ -1,4 +1,4 @@
-"""What a call can raise. Each carries the server's own words."""
+"""What a call can raise. Each carries the server's own words, or gRPC's."""
 
 from __future__ import annotations
 
@@ -37,9 +37,18 @@ _TYPES = {
 }
 
 
-def from_rpc(error: grpc.RpcError) -> RerankError:
-    """The typed exception for what gRPC raised."""
-    code, details = error.code(), error.details()
+def from_rpc(error: grpc.RpcError, proxy: str | None) -> RerankError:
+    """The typed exception for what gRPC raised, which does not say that a proxy was in between."""
+    code, details = error.code(), error.details() or error.code().name
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "no ranking before the deadline: pass a longer timeout, or fewer documents"
-    return _TYPES.get(code, RerankError)(details or code.name, code)
+    kind = _TYPES.get(code, RerankError)
+    if proxy and kind in (ServerUnavailableError, RerankTimeoutError):
+        details += f" (by way of the proxy {proxy}; to go past it, name the host in no_proxy)"
+    return kind(details, code)
+
+
+def closed() -> RerankError:
+    """For a call that comes after ``close``, or that was under way."""
+    message = "the client is closed: make another one, and close it when its calls are done"
+    return RerankError(message, grpc.StatusCode.CANCELLED)

@@ -18,8 +18,6 @@ BULK_DOCUMENTS = 32
 #: The most parts of a call under way: enough for an execution while the next one waits, and few
 #: enough for a call that is given up, of which the server computes what it has.
 PARTS_UNDER_WAY = 16
-#: The longest timeout, in seconds.
-YEAR = 365 * 86400
 #: The server's level for what goes after everything else; 1 is the default.
 BULK_PRIORITY = 2
 
@@ -39,25 +37,6 @@ class RankedDocument:
     score: float
     logit: float
     document: str
-
-
-def check(documents: Sequence[str], top_k: int | None, timeout: float) -> None:
-    """Refuses what would reach the server as something else than was meant.
-
-    Raises:
-        TypeError: one string in place of a sequence of them, a document that is no string, or a
-            ``top_k`` that is no integer.
-        ValueError: a ``timeout`` that is no number, or longer than a year.
-    """
-    if not timeout < YEAR:
-        raise ValueError(f"timeout is {timeout}: pass seconds, {YEAR} at most")
-    if isinstance(documents, (str, bytes)):
-        raise TypeError("documents is one string: pass a list of strings")
-    for index, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise TypeError(f"documents[{index}] is of type {type(document).__name__}: pass a str")
-    if top_k is not None and not isinstance(top_k, (int, np.integer)):
-        raise TypeError(f"top_k is of type {type(top_k).__name__}: pass an int or None")
 
 
 #: The index that it starts at, and its documents.
@@ -88,9 +67,6 @@ def request(
 
     Triton's queues go by its own parameter ``priority``, which models do not see; by ``bulk`` the
     scorer of a CPU leaves the cores to others.
-
-    Raises:
-        UnicodeEncodeError: a text holds half of a surrogate pair, which UTF-8 has no form for.
     """
     message = service_pb2.ModelInferRequest(model_name="reranker", id=request_id)
     message.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import unicodedata
 from collections.abc import Sequence
 
 from .protocol import RankedDocument
+
+#: What a terminal would obey, in place of showing it.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def format_table(ranking: Sequence[RankedDocument]) -> str:
@@ -14,7 +18,7 @@ def format_table(ranking: Sequence[RankedDocument]) -> str:
     lines = ["rank   score    logit  index  document"]
     room = max(20, shutil.get_terminal_size().columns - len(lines[0]) + len("document"))
     for rank, each in enumerate(ranking, 1):
-        text = _cut(" ".join(each.document.split()), room)
+        text = _cut(CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(each.document.split())), room)
         lines.append(f"{rank:4}  {each.score:.4f}  {each.logit:7.3f}  {each.index:5}  {text}")
     return "\n".join(lines)
 
