@@ -79,28 +79,16 @@ def test_no_home(command: str, repository: Path) -> None:
 def test_a_cache_that_another_filled_serves(
     repository: Path, int8_repository: Path, tmp_path: Path
 ) -> None:
-    assets.default_model()
-    home = tmp_path / "cache" / "tritonrank" / assets.tritonserver().relative_to(assets._cache())
-    cache = Path(shutil.copytree(assets._cache(), tmp_path / "cache/tritonrank", symlinks=True))
-    for made in home.glob("backends-*"):  # Made anew, as after a download.
-        shutil.rmtree(made)
-    assets._add_backends(home)
+    cache = tmp_path / "cache" / "tritonrank"
+    for wheel in (assets.default_model(), assets.tritonserver()):
+        folder = wheel.relative_to(assets._cache()).parts[0]
+        shutil.copytree(assets._cache() / folder, cache / folder, symlinks=True)
     environment = {"XDG_CACHE_HOME": str(read_only(cache).parent)}
     exported = run([*COMMAND, "export", f"--model-repository={repository}"], **environment)
     assert exported.returncode == 0, exported.stderr
     served = run([*COMMAND, "demo", f"--model-repository={int8_repository}"], **environment)
     assert served.returncode == 0, served.stderr
     assert "富士山" in served.stdout
-
-
-def test_a_cache_without_backends_is_told(int8_repository: Path, tmp_path: Path) -> None:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    home = tmp_path / "tritonrank/nvidia-pytriton-0.7.0/pytriton/tritonserver"
-    shutil.copytree(assets.tritonserver(), home, symlinks=True)
-    shutil.rmtree(home / f"backends-{version}")
-    command = [*COMMAND, "demo", f"--model-repository={int8_repository}"]
-    line = last_line(run(command, XDG_CACHE_HOME=str(tmp_path)))
-    assert f"{tmp_path}/tritonrank/nvidia-pytriton-0.7.0 is of an older tritonrank: delete" in line
 
 
 def test_a_repository_that_cannot_be_written(repository: Path) -> None:

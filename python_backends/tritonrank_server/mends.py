@@ -46,7 +46,7 @@ JSON = tuple(
         *(0x1CAB3B, 0x1CAE10, 0x1CB56B, 0x1CB840),  # MemberAsObject, MemberAsArray
         *(0x1C9D30, 0x1C9E38, 0x1CA010, 0x1CA10D, 0x1CB123, 0x1CB224),  # IndexAsString, Int, Object
         *(0x2DE8A1, 0x2DE9AF, 0x2DEABF, 0x2DEF81),  # AsBool, Int, UInt, Double
-        *(0x2DEBE2, 0x2DEE35, 0x320C70),  # AsString, also where it is inlined
+        *(0x2DEBE2, 0x2DEE35, 0x2E4905),  # AsString, also within JsonBytesArrayByteSize
     )
 )
 

@@ -229,6 +229,8 @@ def _free_ports(settings: Settings) -> list[int]:
 
 
 def _check_repository(repository: Path, home: Path) -> None:
+    if not os.access(repository, os.R_OK | os.X_OK) and repository.exists():
+        raise ServerError(f"{repository} cannot be read: run this as a user who may")
     if not (repository / "reranker" / "config.pbtxt").is_file():
         raise ServerError(
             f"no model repository at {repository}: run this in a checkout of tritonrank, or name "
@@ -265,11 +267,7 @@ def backends(home: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if not (home / "python_backend_stubs" / version).exists():
         raise ServerError(f"Triton's wheel has no stub for Python {version}: use 3.10 to 3.13")
-    folder = home / f"backends-{version}"
-    if not folder.exists():
-        unpacked = home.parents[1]
-        raise ServerError(f"{unpacked} is of an older tritonrank: delete it, and start again")
-    return folder
+    return home / f"backends-{version}"
 
 
 def environment() -> dict[str, str]:
