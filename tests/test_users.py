@@ -109,3 +109,9 @@ def test_a_hub_cache_that_another_filled(repository: Path, tmp_path: Path, sampl
     assert done.returncode == 0, done.stderr
     card = (repository / "cross_encoder/current/export.json").read_text()
     assert '"checkpoint": "org/name"' in card
+
+
+def test_nothing_is_written_into_the_home_but_the_cache(tmp_path: Path) -> None:
+    done = run([*COMMAND, "export", "--help"], HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ class UnsupportedCheckpoint(ValueError):
 
 
 class ExportRefused(RuntimeError):
-    """The exported graph differs from its FP32 reference by more than its precision may."""
+    """What was exported is not what the checkpoint's publisher runs, or cannot be written."""
 
 
 class UnsupportedGraph(RuntimeError):

@@ -78,7 +78,7 @@ def settings(folder: Path) -> dict[str, Any]:
                 f"{folder / name} names code of its own (auto_map), and none is run: use a "
                 "checkpoint that transformers runs by itself"
             )
-    return content
+    return content  # Of the last.
 
 
 def refuse_broken_parts(folder: Path) -> None:
