@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import re
-import shutil
 import threading
 import time
 import urllib.error
@@ -32,8 +31,8 @@ from tritonrank import (
     RerankClient,
     RerankError,
     RerankTimeoutError,
+    protocol,
 )
-from tritonrank import protocol
 from tritonrank.errors import from_rpc
 from tritonrank.protocol import BULK_DOCUMENTS
 from tritonrank_server import default_model

@@ -20,19 +20,20 @@ class Mend:
 
 
 #: A call has a state, on which events arrive by two threads, and which is free for another call
-#: after the last of them. Clients that gave up calls ended the server with a signal, within seconds,
-#: by events of states that were free already:
+#: after the last of them. Clients that gave up calls ended the server by a signal within seconds:
+#: by events of states that were free already.
 CANCELLATION = (
     # An answer that came between a cancellation and the event that tells of it was taken to have
     # dealt with both. The event deals with itself now: of ``step - 8 <= 1``, which is "cancelled,
-    # or about to be", the 1 is a 0. (HandleCancellation; Triton 24.12 has it by #7840.)
+    # or about to be", the 1 is a 0. (HandleCancellation; mended in 25.01, by #7840.)
     Mend(0x1F4DF6, b"\x83\xfa\x01", b"\x83\xfa\x00"),
     # A call that was answered at once, as where a queue is full, and then cancelled, got one event
-    # too many. A conditional jump past it is always taken now. (IssueRequestCancellation; 25.04,
-    # by #8078.)
+    # too many. A conditional jump past it is always taken now. (IssueRequestCancellation; mended
+    # in 25.04, by #8078.)
     Mend(0x1F535C, b"\x75\xb4", b"\xeb\xb4"),
     # Streams in whose header a client asked for errors as gRPC's statuses could stop all of gRPC.
-    # It asks in vain now: header names have no capitals. (ExtractStateFromHeaders; 26.04, by #8708.)
+    # They ask in vain now: header names have no capitals. (ExtractStateFromHeaders; mended in
+    # 26.04, by #8708.)
     Mend(0xABCEB1, b"triton_grpc_error\0", b"Triton_grpc_error\0"),
 )
 
