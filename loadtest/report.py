@@ -212,7 +212,7 @@ def _growth(growth: dict[str, list[dict[str, Any]]]) -> list[str]:
         "that a batch padded to its longest document would have.",
         _table(head, [[_figure(point[key]) for key in keys] for point in points]),
         "Clients at a time, with requests of 10 documents, and how many executions they share. "
-        "What waits for longer than the queue allows is refused, and tried again by the client.",
+        "What the server refuses is tried again by the client.",
         _table(of_clients, clients),
     ]
 

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,43 @@ def test_what_was_given_up_on_its_way_is_forgotten(
     ledger.strike_out(ticket)
     ledger.take(request(900))
     ledger.take(request(100))
+
+
+def test_a_long_one_that_is_gone_keeps_nobody_away_for_long(ledger: Ledger, clock: Clock) -> None:
+    paced(ledger, clock)
+    ledger.take(request(900))  # Cancelled.
+    clock.now += 0.9
+    with pytest.raises(Overloaded):
+        ledger.take(request(1), timeout=5)
+    clock.now += 0.2
+    scout = ledger.take(request(1), timeout=5)
+    with pytest.raises(Overloaded):
+        ledger.take(request(1), timeout=5)
+    clock.now += 0.01
+    ledger.strike_out(scout)
+    ledger.take(request(1), timeout=5)
+
+
+def test_where_all_of_it_is_there_one_scout_is_sent_in_its_time(
+    ledger: Ledger, clock: Clock
+) -> None:
+    paced(ledger, clock)
+    ledger.take(request(900))
+    taken = []
+    for second in range(1, 9):
+        clock.now += 0.9
+        with suppress(Overloaded):
+            ledger.take(request(1), timeout=0.5 * second)
+            taken.append(second)
+    assert taken == [2, 4, 7, 8]  # The last is none: by then there is time.
+
+
+def test_a_deadline_bounds_what_is_spent(ledger: Ledger, clock: Clock) -> None:
+    paced(ledger, clock)
+    ledger.take(request(500), timeout=2)  # It takes 5 s, and is given up after 2.
+    ledger.take(request(), timeout=4.5)
+    with pytest.raises(Overloaded, match=r"about 3\.0 s"):
+        ledger.take(request(), timeout=4.5)
 
 
 def test_bulk_waits_behind_all_others_and_holds_none_of_them_up(

@@ -559,7 +559,7 @@ def plain_rank(server: EmbeddedServer, documents: list[str], timeout: float) -> 
         try:
             service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=60)
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            raise from_rpc(error, None) from error
 
 
 def test_metrics_of_known_requests(

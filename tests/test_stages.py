@@ -137,6 +137,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     class TritonError(Exception):
         INVALID_ARG, INTERNAL, CANCELLED = "INVALID_ARG", "INTERNAL", "CANCELLED"
+        UNAVAILABLE = "UNAVAILABLE"
 
         def __init__(self, message: str, code: str) -> None:
             super().__init__(message)
@@ -200,6 +201,7 @@ def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> Non
     )
     codes = [answer.error and answer.error.code() for answer in answers]
     assert codes == [None, "INVALID_ARG", "INTERNAL", "CANCELLED", "INTERNAL", None]
+    model.finalize()
     counts = adapter.pb_utils.MetricFamily.counts
     assert counts == {"invalid": 1, "internal": 2, "cancelled": 1}
     assert answers[0].outputs["INDICES"].tolist() == [1, 0]
@@ -219,6 +221,7 @@ def test_what_fails_the_batch_fails_alone(adapter: ModuleType) -> None:
     model = Picky()
     model.initialize({"model_name": "sorter"})
     answers = model.execute([request(**each) for each in (good, poison, good, poison)])
+    model.finalize()
     codes = [answer.error and answer.error.code() for answer in answers]
     assert codes == [None, "INTERNAL", None, "INTERNAL"]
     assert answers[2].outputs["INDICES"].tolist() == [1, 0]

@@ -5,8 +5,10 @@ have gone does nothing for those who have not. So what a request would have to w
 before it is taken: the stages of a server share a ledger, in which the tokenizer enters requests,
 and from which the sorter strikes them out. Between the two they go in the order of their coming.
 
-The ledger need not learn what becomes of a request: one that is given up on its way is struck out
-with the next one behind it, or is forgotten when all that was taken should be done.
+No stage learns of a request that is given up on its way. It is struck out with the next one behind
+it, or forgotten when all that was taken should be done. So that a long one that is gone does not
+keep others away meanwhile, one is taken all the same where no answer has come for a while: a scout,
+whose own answer tells that the way is free.
 """
 
 from __future__ import annotations
@@ -65,12 +67,19 @@ class Size:
         return cls(work, len(documents), len(query) + sum(lengths))
 
 
+#: After so many seconds without an answer a scout is sent.
+QUIET = 1.0
+
 UNBOUNDED = Size(math.inf, math.inf, math.inf)
 
-#: Of a queue: when all that was taken should be done, and when the last answer came, in seconds of
-#: the system's monotonic clock; seconds for a unit of work; sizes added up, as of ``Size``.
 _QUEUE = np.dtype(
-    [("until", "f8"), ("since", "f8"), ("pace", "f8"), ("taken", "f8", 3), ("answered", "f8", 3)]
+    [
+        # By the system's monotonic clock, in seconds: when all that was taken should be done, when
+        # the last answer came, and when a scout that has none by then is gone.
+        *(("until", "f8"), ("since", "f8"), ("scout", "f8")),
+        ("pace", "f8"),  # Seconds for a unit of work.
+        *(("taken", "f8", 3), ("answered", "f8", 3)),  # Sizes, added up.
+    ]
 )
 
 
@@ -112,14 +121,15 @@ class Ledger:
             Overloaded: too much waits already, or more than its deadline leaves time for.
         """
         with self._locked(bulk) as queue:
-            now = time.monotonic()
+            now, pace = time.monotonic(), queue["pace"]
             wait = max(0.0, queue["until"] - now)
-            if wait or not queue["pace"]:  # Else all that was taken and has no answer is gone.
+            if wait or not pace:  # Else all that was taken and has no answer is gone.
                 self._check_room(queue, size)
-            work = queue["pace"] * size.work
             if wait and not bulk:
-                _check_deadline(wait, work, timeout)
-            queue["taken"] += astuple(size)
+                _check_deadline(queue, now, pace * size.work, timeout)
+            # Nothing is spent on it when its time is over.
+            work = min(pace * size.work, max(0.0, timeout - wait))
+            queue["taken"] += (work / pace if pace else size.work, size.documents, size.memory)
             queue["until"] = now + wait + work
             return np.array([bulk, now, *queue["taken"]])
 
@@ -138,7 +148,7 @@ class Ledger:
             pace = max(0.0, now - max(queue["since"], taken_at)) / done
             weight = min(1.0, done / PACE_OF) if queue["pace"] else 1.0
             queue["pace"] += weight * (pace - queue["pace"])
-            queue["answered"], queue["since"] = position, now
+            queue["answered"], queue["since"], queue["scout"] = position, now, 0
             queue["until"] = now + queue["pace"] * (queue["taken"][0] - position[0])
 
     @contextmanager
@@ -159,10 +169,15 @@ class Ledger:
             )
 
 
-def _check_deadline(wait: float, work: float, timeout: float) -> None:
-    if wait + min(work, OWN_SHARE_OF_TIMEOUT * timeout) > SHARE_OF_TIMEOUT * timeout:
-        raise Overloaded(
-            f"the work before this request takes about {wait:.1f} s, and its own {work:.1f} s, for "
-            f"which its timeout of {timeout:.1f} s has no room: try again later, another server, "
-            "or a longer timeout"
-        )
+def _check_deadline(queue: np.void, now: float, work: float, timeout: float) -> None:
+    wait = queue["until"] - now
+    if wait + min(work, OWN_SHARE_OF_TIMEOUT * timeout) <= SHARE_OF_TIMEOUT * timeout:
+        return
+    if now > max(queue["since"] + QUIET, queue["scout"]):
+        queue["scout"] = now + timeout
+        return
+    raise Overloaded(
+        f"the work before this request takes about {wait:.1f} s, and its own {work:.1f} s, for "
+        f"which its timeout of {timeout:.1f} s has no room: try again later, another server, "
+        "or a longer timeout"
+    )

@@ -237,6 +237,9 @@ class SorterModel(_Stage[Ranking, Ranking]):
     def load(self, args: dict[str, str]) -> None:
         self._ledger = _ledger()
 
+    def finalize(self) -> None:
+        self._ledger.close()
+
     def decode(self, request: Any) -> Ranking:
         ticket = pb_utils.get_input_tensor_by_name(request, "ticket")
         if ticket is not None:  # Else it did not come by way of the ensemble.
