@@ -74,6 +74,20 @@ def test_a_deadline_behind_the_work_that_waits_is_refused(ledger: Ledger, clock:
         ledger.take(request(), timeout=2)
 
 
+def test_the_pace_is_that_of_what_was_done(ledger: Ledger, clock: Clock) -> None:
+    """Of what was given up on its way nothing was done; and two at a time end in any order."""
+    paced(ledger, clock)
+    for _ in range(20):
+        tickets = [ledger.take(request()) for _ in range(4)]
+        clock.now += 2
+        ledger.strike_out(tickets[3])
+        ledger.strike_out(tickets[1])
+    ledger.take(request())
+    ledger.take(request())
+    with pytest.raises(Overloaded, match=r"about 1\.8 s, and its own 0\.9 s"):
+        ledger.take(request(), timeout=3)
+
+
 def test_a_refused_request_leaves_no_trace(ledger: Ledger, clock: Clock) -> None:
     paced(ledger, clock)
     ledger.take(request())
@@ -181,7 +195,7 @@ def test_tickets_that_were_never_given_change_nothing(ledger: Ledger, clock: Clo
     paced(ledger, clock)
     ledger.take(request())
     for forged in (math.nan, math.inf, -1.0, 0.0, 1e12):
-        ledger.strike_out(np.array([0, clock.now, forged, forged, forged]))
+        ledger.strike_out(np.array([0, clock.now, *[forged] * 4]))
     with pytest.raises(Overloaded):
         ledger.take(request(), timeout=1)
 
@@ -242,4 +256,4 @@ def test_under_overload_what_is_taken_is_answered_in_time(
         else:
             late += seconds
     assert in_time / (clock.now - start) > 0.95
-    assert late == 0
+    assert late < 0.01 * in_time  # At first the pace is not known.

@@ -33,9 +33,9 @@ Float64 = npt.NDArray[np.float64]
 #: Bytes of text that are read for each position of the model, about. Work is counted in them, since
 #: they are known before a text is tokenized, which would cost as much as a GPU takes for the rest.
 BYTES_PER_POSITION = 4
-#: The pace is a mean over so much work: a large request's, so that it is soon right for another
-#: kind of requests.
-PACE_OF = 2.0**16
+#: The pace is a mean over so much work, about seven requests of 100 passages: answers come by
+#: twos, where two executions run at a time.
+PACE_OF = 2.0**18
 #: The share of a deadline that a request may be expected to take, since it may take more: a server
 #: whose queue is as long as its deadlines works for clients who are gone.
 SHARE_OF_TIMEOUT = 0.75
@@ -110,7 +110,7 @@ class Ledger:
         self._path.unlink(missing_ok=True)
 
     def take(self, size: Size, timeout: float = math.inf, bulk: bool = False) -> Float64:
-        """Enters a request; gives its ticket, FP64 [5], for ``strike_out``.
+        """Enters a request; gives its ticket, FP64 [6], for ``strike_out``.
 
         Args:
             size: of the request.
@@ -127,29 +127,30 @@ class Ledger:
                 self._check_room(queue, size)
             if wait and not bulk:
                 _check_deadline(queue, now, pace * size.work, timeout)
-            # Nothing is spent on it when its time is over.
-            work = min(pace * size.work, max(0.0, timeout - wait))
-            queue["taken"] += (work / pace if pace else size.work, size.documents, size.memory)
+            work = min(pace * size.work, timeout)  # Nothing is spent on it for longer.
+            units = work / pace if pace else size.work
+            queue["taken"] += (units, size.documents, size.memory)
             queue["until"] = now + wait + work
-            return np.array([bulk, now, *queue["taken"]])
+            return np.array([bulk, now, units, *queue["taken"]])
 
     def strike_out(self, ticket: Float64) -> None:
-        """Notes that a request, and so all that were taken before it, has its answer.
+        """Notes that a request has its answer, and with it all that were taken before it.
 
-        How long it took, since it was taken or since the answer before it, tells the server's pace.
+        How long it took, since it was taken or since the answer before, tells the server's pace.
         """
-        bulk, taken_at, *position = ticket
+        bulk, taken_at, units, *position = ticket
         with self._locked(bool(bulk)) as queue:
-            done = position[0] - queue["answered"][0]
-            # Another process may have been first with one that was taken later.
-            if not 0 < done <= queue["taken"][0] - queue["answered"][0]:
-                return
+            if not 0 < units <= position[0] <= queue["taken"][0]:
+                return  # None that was given here.
             now = time.monotonic()
-            pace = max(0.0, now - max(queue["since"], taken_at)) / done
-            weight = min(1.0, done / PACE_OF) if queue["pace"] else 1.0
+            pace = max(0.0, now - max(queue["since"], taken_at)) / units
+            weight = min(1.0, units / PACE_OF) if queue["pace"] else 1.0
             queue["pace"] += weight * (pace - queue["pace"])
-            queue["answered"], queue["since"], queue["scout"] = position, now, 0
-            queue["until"] = now + queue["pace"] * (queue["taken"][0] - position[0])
+            queue["since"], queue["scout"] = now, 0
+            if position[0] > queue["answered"][0]:  # Else one that was taken later was first.
+                queue["answered"] = position
+            left = queue["taken"][0] - queue["answered"][0]
+            queue["until"] = now + queue["pace"] * left
 
     @contextmanager
     def _locked(self, bulk: bool) -> Iterator[np.void]:

@@ -232,7 +232,7 @@ class CrossEncoderModel(_Stage[Work, Relevance]):
 
 
 class SorterModel(_Stage[Ranking, Ranking]):
-    """logits and scores FP32 [N, 1], ticket FP64 [1, 5]?, TOP_K INT32 [1]? → the outputs [K]."""
+    """logits and scores FP32 [N, 1], ticket FP64 [1, 6]?, TOP_K INT32 [1]? → the outputs [K]."""
 
     def load(self, args: dict[str, str]) -> None:
         self._ledger = _ledger()
