@@ -95,11 +95,7 @@ class Ledger:
         most: what may wait in a queue.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        most: Size = Size(math.inf, math.inf, math.inf),
-    ) -> None:
+    def __init__(self, path: Path, most: Size = UNBOUNDED) -> None:
         self._path, self._most = path, most
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(self._file, mmap.PAGESIZE)
@@ -138,11 +134,14 @@ class Ledger:
 
         How long it took, since it was taken or since the answer before, tells the server's pace.
         """
-        bulk, taken_at, units, *position = ticket
+        (bulk, taken_at, units), position = ticket[:3], ticket[3:]
         with self._locked(bool(bulk)) as queue:
-            if not 0 < units <= position[0] <= queue["taken"][0]:
-                return  # None that was given here.
             now = time.monotonic()
+            # Whoever reaches the sorter can send one that was never given.
+            if not (taken_at <= now and 0 < units <= position[0]):
+                return
+            if not (position <= queue["taken"]).all():
+                return
             pace = max(0.0, now - max(queue["since"], taken_at)) / units
             weight = min(1.0, units / PACE_OF) if queue["pace"] else 1.0
             queue["pace"] += weight * (pace - queue["pace"])
