@@ -100,6 +100,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"q{i}q" for i in range(495))])
 OF_WORDS = both(remove("tokenizer.json"), remove("tokenizer_config.json"))
 TWO_MODULES = json.dumps([{"type": f"sentence_transformers.models.{n}"} for n in ("A", "Dense")])
+MODULE_ELSEWHERE = '[{"type": "sentence_transformers.models.Transformer", "path": "0_T"}]'
 CODE = {"AutoModelForSequenceClassification": "evil.Model", "AutoConfig": "evil.Config"}
 
 #: What is wrong → family, how it came so, words of the message.
@@ -195,6 +196,33 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
             ),
         ),
         "type_vocab_size in config.json is 1",
+    ),
+    "special tokens as words": (
+        "bert",
+        edit("tokenizer_config.json", split_special_tokens=True),
+        "split_special_tokens",
+    ),
+    "a length that is none": (
+        "bert",
+        edit("tokenizer_config.json", model_max_length="abc"),
+        "cannot load model_max_length of the tokenizer",
+    ),
+    "architectures that are no list": ("bert", edit("config.json", architectures={"a": 1}), "'a'"),
+    "a nest": ("bert", write("config.json", "[" * 100_000), "is not JSON"),
+    "a model that does not run": (
+        "bert",
+        edit("config.json", chunk_size_feed_forward=7),
+        "cannot load and run the model",
+    ),
+    "options of the module": (
+        "bert",
+        write("sentence_bert_config.json", '{"max_seq_length": 16}'),
+        "has max_seq_length, which is not supported",
+    ),
+    "a module elsewhere": (
+        "bert",
+        write("modules.json", MODULE_ELSEWHERE),
+        "only a Transformer of .* in the top folder",
     ),
     "more modules": ("bert", write("modules.json", TWO_MODULES), "only a Transformer of"),
     "no modules": ("bert", write("modules.json", '["a"]'), "not as sentence-transformers writes"),

@@ -33,6 +33,8 @@ Float64 = npt.NDArray[np.float64]
 #: Bytes of text that are read for each position of the model, about. Work is counted in them, since
 #: they are known before a text is tokenized, which would cost as much as a GPU takes for the rest.
 BYTES_PER_POSITION = 4
+#: What a request costs however short it is; else the pace of short ones would be far above others'.
+OWN_WORK = 4096
 #: The pace is a mean over so much work, about seven requests of 100 passages: answers come by
 #: twos, where two executions run at a time.
 PACE_OF = 2.0**18
@@ -63,12 +65,13 @@ class Size:
         """That of a request to a model of so many positions."""
         lengths = [len(document) for document in documents]
         room = BYTES_PER_POSITION * positions
-        work = sum(min(len(query) + length, room) for length in lengths)
+        work = OWN_WORK + sum(min(len(query) + length, room) for length in lengths)
         return cls(work, len(documents), len(query) + sum(lengths))
 
 
-#: After so many seconds without an answer a scout is sent.
-QUIET = 1.0
+#: After so many seconds without an answer a scout is sent, and not before twice the time that the
+#: slowest of the last answers took. One that has none itself is gone after so many seconds.
+QUIET, SCOUT = 1.0, 60.0
 
 UNBOUNDED = Size(math.inf, math.inf, math.inf)
 
@@ -77,7 +80,7 @@ _QUEUE = np.dtype(
         # By the system's monotonic clock, in seconds: when all that was taken should be done, when
         # the last answer came, and when a scout that has none by then is gone.
         *(("until", "f8"), ("since", "f8"), ("scout", "f8")),
-        ("pace", "f8"),  # Seconds for a unit of work.
+        *(("pace", "f8"), ("slowest", "f8")),  # Seconds for a unit of work, and for an answer.
         *(("taken", "f8", 3), ("answered", "f8", 3)),  # Sizes, added up.
     ]
 )
@@ -97,7 +100,7 @@ class Ledger:
 
     def __init__(self, path: Path, most: Size = UNBOUNDED) -> None:
         self._path, self._most = path, most
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.ftruncate(self._file, mmap.PAGESIZE)
         self._queues = np.frombuffer(mmap.mmap(self._file, mmap.PAGESIZE), _QUEUE, count=2)
 
@@ -119,32 +122,39 @@ class Ledger:
         with self._locked(bulk) as queue:
             now, pace = time.monotonic(), queue["pace"]
             wait = max(0.0, queue["until"] - now)
-            if wait or not pace:  # Else all that was taken and has no answer is gone.
-                self._check_room(queue, size)
-            if wait and not bulk:
-                _check_deadline(queue, now, pace * size.work, timeout)
-            work = min(pace * size.work, timeout)  # Nothing is spent on it for longer.
-            units = work / pace if pace else size.work
+            try:
+                if wait or not pace:  # Else all that was taken and has no answer is gone.
+                    self._check_room(queue, size)
+                if wait and not bulk:
+                    _check_deadline(wait, pace * size.work, timeout)
+            except Overloaded:
+                free = max(queue["since"] + max(QUIET, 2 * queue["slowest"]), queue["scout"])
+                if now <= free or pace * size.work > QUIET:  # A long one would cost too much.
+                    raise
+                queue["scout"] = now + min(timeout, SCOUT)
+            spent = min(pace * size.work, timeout)  # No more than that.
+            units = spent / pace if pace else size.work
             queue["taken"] += (units, size.documents, size.memory)
-            queue["until"] = now + wait + work
-            return np.array([bulk, now, units, *queue["taken"]])
+            queue["until"] = now + wait + spent
+            return np.array([bulk, now, size.work, *queue["taken"]])
 
     def strike_out(self, ticket: Float64) -> None:
         """Notes that a request has its answer, and with it all that were taken before it.
 
         How long it took, since it was taken or since the answer before, tells the server's pace.
         """
-        (bulk, taken_at, units), position = ticket[:3], ticket[3:]
+        (bulk, taken_at, work), position = ticket[:3], ticket[3:]
         with self._locked(bool(bulk)) as queue:
             now = time.monotonic()
             # Whoever reaches the sorter can send one that was never given.
-            if not (taken_at <= now and 0 < units <= position[0]):
+            if not (taken_at <= now and 1 <= work < math.inf and position.min() >= 0):
                 return
             if not (position <= queue["taken"]).all():
                 return
-            pace = max(0.0, now - max(queue["since"], taken_at)) / units
-            weight = min(1.0, units / PACE_OF) if queue["pace"] else 1.0
-            queue["pace"] += weight * (pace - queue["pace"])
+            seconds = max(0.0, now - max(queue["since"], taken_at))
+            weight = min(1.0, work / PACE_OF) if queue["pace"] else 1.0
+            queue["pace"] += weight * (seconds / work - queue["pace"])
+            queue["slowest"] = max(seconds, queue["slowest"] / 2)
             queue["since"], queue["scout"] = now, 0
             if position[0] > queue["answered"][0]:  # Else one that was taken later was first.
                 queue["answered"] = position
@@ -169,15 +179,10 @@ class Ledger:
             )
 
 
-def _check_deadline(queue: np.void, now: float, work: float, timeout: float) -> None:
-    wait = queue["until"] - now
-    if wait + min(work, OWN_SHARE_OF_TIMEOUT * timeout) <= SHARE_OF_TIMEOUT * timeout:
-        return
-    if now > max(queue["since"] + QUIET, queue["scout"]):
-        queue["scout"] = now + timeout
-        return
-    raise Overloaded(
-        f"the work before this request takes about {wait:.1f} s, and its own {work:.1f} s, for "
-        f"which its timeout of {timeout:.1f} s has no room: try again later, another server, "
-        "or a longer timeout"
-    )
+def _check_deadline(wait: float, work: float, timeout: float) -> None:
+    if wait + min(work, OWN_SHARE_OF_TIMEOUT * timeout) > SHARE_OF_TIMEOUT * timeout:
+        raise Overloaded(
+            f"the work before this request takes about {wait:.1f} s, and its own {work:.1f} s, for "
+            f"which its timeout of {timeout:.1f} s has no room: try again later, another server, "
+            "or a longer timeout"
+        )

@@ -147,7 +147,7 @@ def _telling(what: str) -> Iterator[None]:
 
 def _check_family(settings: dict[str, Any]) -> None:
     names = settings.get("architectures") or ["an unnamed architecture"]
-    architecture = " and ".join(map(str, names)) if isinstance(names, list) else names
+    architecture = " and ".join(map(str, names)) if isinstance(names, list) else str(names)
     if architecture not in SUPPORTED:
         raise UnsupportedCheckpoint(
             f"{architecture} is not supported: use one of {', '.join(SUPPORTED)}"
@@ -189,6 +189,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"the tokenizer in {folder} has no padding token: name it as pad_token in "
             "tokenizer_config.json"
         )
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise UnsupportedCheckpoint(
+            f"the tokenizer in {folder} reads special tokens in a text as words "
+            "(split_special_tokens), which is not supported"
+        )
     for side in ("truncation_side", "padding_side"):
         if getattr(tokenizer, side) != "right":
             raise UnsupportedCheckpoint(
@@ -227,7 +232,8 @@ def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> i
     positions: int = model.config.max_position_embeddings
     if type(model).__name__ in ROBERTA:
         positions -= model.config.pad_token_id + 1
-    max_length = min(positions, int(tokenizer.model_max_length))
+    with _telling("model_max_length of the tokenizer"):
+        max_length = min(positions, int(tokenizer.model_max_length))
     if max_length < MIN_LENGTH:
         raise UnsupportedCheckpoint(
             f"{max_length} tokens, by model_max_length in tokenizer_config.json or "
@@ -346,7 +352,7 @@ def _reference(
 
     def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
         encoded = read(query, documents, padding=True, return_tensors="pt")
-        with torch.inference_mode():
+        with _telling("and run the model"), torch.inference_mode():
             values: npt.NDArray[np.float32] = model(**encoded).logits[:, 0].numpy()
         return values
 

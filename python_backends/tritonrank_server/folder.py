@@ -28,6 +28,12 @@ TOKENIZERS = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"], [
 GIT_LFS = b"version https://git-lfs"
 #: What sentence-transformers keeps beside a model.
 SAVED = "config_sentence_transformers.json"
+#: What it keeps of a module, and what of that changes what the model reads, or how it runs.
+OPTIONS = "sentence_bert_config.json"
+CHANGES = (
+    *("max_seq_length", "do_lower_case", "processing_kwargs", "processor_kwargs", "tokenizer_args"),
+    *("config_kwargs", "config_args", "model_kwargs", "model_args"),
+)
 OWN_MODULE = re.compile(r"sentence_transformers\.([a-z_]+\.)*Transformer")
 
 
@@ -131,7 +137,8 @@ def activation(folder: Path) -> str:
     modules = _read(folder / "modules.json", list)
     try:
         types = [each["type"] for each in modules]
-        whole = len(types) < 2 and all(map(OWN_MODULE.fullmatch, types))
+        whole = len(types) < 2 and all(OWN_MODULE.fullmatch(str(each)) for each in types)
+        whole = whole and not any(each.get("path") for each in modules)
         older = config.get("sbert_ce_default_activation_function")
         kept = (config.get("sentence_transformers") or {}).get("activation_fn", older)
     except (AttributeError, KeyError, TypeError) as error:
@@ -139,9 +146,16 @@ def activation(folder: Path) -> str:
             f"config.json or modules.json in {folder} is not as sentence-transformers writes it"
         ) from error
     if not whole:
+        named = " and ".join(map(str, types))
         raise UnsupportedCheckpoint(
-            f"{folder / 'modules.json'} names {' and '.join(types)}: only a Transformer of "
-            "sentence-transformers, and it alone, is supported"
+            f"{folder / 'modules.json'} names {named}: only a Transformer of "
+            "sentence-transformers, it alone and in the top folder, is supported"
+        )
+    changes = [name for name in CHANGES if _read(folder / OPTIONS).get(name)]
+    if changes:
+        raise UnsupportedCheckpoint(
+            f"{folder / OPTIONS} has {', '.join(changes)}, which is not supported: keep it where "
+            "transformers reads it, in config.json or tokenizer_config.json"
         )
     if saved.get("default_prompt_name"):
         raise UnsupportedCheckpoint(
@@ -155,7 +169,7 @@ def _read(path: Path, kind: type = dict) -> Any:
     """The JSON object or list in a file; an empty one for a file that is not there."""
     try:
         content = json.loads(path.read_bytes()) if path.exists() else kind()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedCheckpoint(f"{path} is not JSON ({error}): get it anew") from error
     if not isinstance(content, kind):
         raise UnsupportedCheckpoint(f"{path} holds no JSON of the type {kind.__name__}")

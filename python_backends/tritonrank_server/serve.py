@@ -30,6 +30,8 @@ from .supervise import OPTIONS, BackendDied, KeyFileError, end, restrictions, sh
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
 #: the wrong Python does not fail, it hangs.
 START_TIMEOUT = 120.0
+#: A server that ends sooner, in seconds, is started again after a pause, of so many at most.
+STAYS_UP, LONGEST_PAUSE = 60.0, 60.0
 #: Starts a command that Linux stops when this process dies, even by SIGKILL; see prctl(2). Not by
 #: a function between fork and exec: where gRPC is at work, its own such functions may abort.
 DYING_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
@@ -324,21 +326,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> NoReturn:
-    """Serves until it is interrupted; a server that ends by itself is started again."""
+    """Serves until it is interrupted; a server that ends by itself is started again.
+
+    At once, or after ever longer pauses where it did not stay up for a minute.
+    """
+    pause, served = 0.0, False
     while True:
         _say("Starting Triton …")
         started = time.monotonic()
-        with EmbeddedServer(settings) as server:
-            settings = server.settings  # The same ports again.
-            _say(
-                f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
-                f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it."
-            )
-            try:
+        try:
+            with EmbeddedServer(settings) as server:
+                settings, served = server.settings, True  # The same ports again.
+                _say(
+                    f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
+                    f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it."
+                )
                 reason = f"tritonserver ended (exit {server.wait()})"
-            except BackendDied as error:
-                reason = str(error)
-        _say(f"tritonrank: {reason}: it is started again; its log says why")
+        except (BackendDied, ServerError) as error:
+            if not served:
+                raise
+            reason = str(error)
+        stayed_up = time.monotonic() - started > STAYS_UP
+        pause = 0.0 if stayed_up else min(2 * pause or 1.0, LONGEST_PAUSE)
+        _say(f"tritonrank: {reason}: it is started again in {pause:.0f} s; its log says why")
+        time.sleep(pause)
 
 
 def _say(text: str) -> None:

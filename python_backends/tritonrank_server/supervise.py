@@ -81,13 +81,18 @@ def end(process: subprocess.Popen[bytes], prefix: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     free(prefix)
-    free(f"tritonrank-{process.pid}-")  # The stages' own.
+    free(stages_prefix(process.pid))
 
 
 def free(prefix: str) -> None:
     """Removes the regions of shared memory whose names begin so."""
     for region in Path("/dev/shm").glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
+
+
+def stages_prefix(pid: int) -> str:
+    """What the names of the regions begin with that the stages of a ``tritonserver`` make."""
+    return f"tritonrank-{socket.gethostname()}-{pid}-"
 
 
 def shared_memory(prefix: str) -> str:

@@ -24,6 +24,7 @@ from .admission import UNBOUNDED, Float64, Ledger, Size
 from .cross_encoder import CrossEncoder, Relevance, Work
 from .errors import InvalidInput, InvalidOutput, Overloaded
 from .sorter import Ranking, rank
+from .supervise import stages_prefix
 from .tokenizer import Pairs, PairTokenizer, Tokens
 
 # Stubs of the embedded server may be older than this NumPy.
@@ -139,8 +140,8 @@ def _is_bulk(request: Any) -> bool:
 
 
 def _ledger(most: Size = UNBOUNDED) -> Ledger:
-    """That of this server, whose process id is in its name."""
-    return Ledger(Path(f"/dev/shm/tritonrank-{os.getppid()}-ledger"), most)
+    """That of this server."""
+    return Ledger(Path("/dev/shm", f"{stages_prefix(os.getppid())}ledger"), most)
 
 
 class _Counter:
@@ -242,8 +243,9 @@ class SorterModel(_Stage[Ranking, Ranking]):
 
     def decode(self, request: Any) -> Ranking:
         ticket = pb_utils.get_input_tensor_by_name(request, "ticket")
-        if ticket is not None:  # Else it did not come by way of the ensemble.
-            self._ledger.strike_out(ticket.as_numpy()[0])
+        # None where it did not come by way of the ensemble.
+        for row in () if ticket is None else ticket.as_numpy():
+            self._ledger.strike_out(row)
         relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
         top_k = pb_utils.get_input_tensor_by_name(request, "TOP_K")
         return rank(relevance, None if top_k is None else top_k.as_numpy().item())
