@@ -284,9 +284,8 @@ def default_graph(precision: str) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         default_model.write_checkpoint(Path(folder))
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    if precision == "fp16":
-        model.half()
-    weights = checkpoint_module._weights(model)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    weights = checkpoint_module._weights(model, dtype)
     architecture = checkpoint_module._architecture(model, True)
     return ragged(weights, architecture, PACKED, "Sigmoid", 512)
 
