@@ -11,8 +11,8 @@ import numpy as np
 import tritonclient.grpc as triton
 from tokenizers import Tokenizer
 from tritonrank import RerankClient
-from tritonrank_server.cross_encoder import CrossEncoder, Work
-from tritonrank_server.tokenizer import PairTokenizer, Tokens
+from tritonrank_server.stages.cross_encoder import CrossEncoder, Work
+from tritonrank_server.stages.tokenizer import PairTokenizer, Tokens
 
 from .contestant import session
 from .data import Request

@@ -24,10 +24,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
-from tritonrank_server import default_model
-from tritonrank_server.export import export
-from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
-from tritonrank_server.tokenizer import PairTokenizer
+from tritonrank_server.export import default_model
+from tritonrank_server.export.command import export
+from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
+from tritonrank_server.stages.tokenizer import PairTokenizer
 
 from .anatomy import anatomy, encode
 from .data import DL19, Request, ndcg_at_10, requests

@@ -74,7 +74,7 @@ def padded(graph: Path, models: Path, length: int | None) -> Score:
 
 def packed(folder: Path) -> Score:
     """The ragged graph, all documents of a request in one execution, as Triton's backend does."""
-    from tritonrank_server.tokenizer import PairTokenizer
+    from tritonrank_server.stages.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents=1024)
     graph = session(folder / "model.onnx")
@@ -89,7 +89,7 @@ def packed(folder: Path) -> Score:
 
 def pipeline(folder: Path) -> Score:
     """This project's stages without Triton."""
-    from tritonrank_server.pipeline import Pipeline
+    from tritonrank_server.stages.pipeline import Pipeline
 
     ranker = Pipeline.of(folder, max_documents=1024)
 
@@ -118,7 +118,7 @@ def openvino(models: Path) -> Score:
     import openvino
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "python_backends"))
-    from tritonrank_server.tokenizer import PairTokenizer, Tokens
+    from tritonrank_server.stages.tokenizer import PairTokenizer, Tokens
 
     tokenizer = PairTokenizer(models / "int8" / "tokenizer.json", max_documents=1024)
     cores, few = len(os.sched_getaffinity(0)), 8

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 from tritonrank import RerankClient, ServerUnavailableError
-from tritonrank_server.serve import EmbeddedServer, Settings
-from tritonrank_server.tokenizer import PairTokenizer
+from tritonrank_server.serving.serve import EmbeddedServer, Settings
+from tritonrank_server.stages.tokenizer import PairTokenizer
 
 from .data import Request
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from onnx import numpy_helper, parser
-from tritonrank_server.default_model import CONFIG
+from tritonrank_server.export.default_model import CONFIG
 
 from .contestant import session
 

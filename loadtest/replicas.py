@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 from tritonrank import RerankClient, RerankError
-from tritonrank_server.export import export, use
-from tritonrank_server.pipeline import Pipeline
-from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, ServerError, Settings
+from tritonrank_server.export.command import export, use
+from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, ServerError, Settings
+from tritonrank_server.stages.pipeline import Pipeline
 
 from .bench import commit, hardware, new_repository
 from .sweep import metrics

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from tritonrank_server.serve import (
+from tritonrank_server.serving.serve import (
     DIRECT,
     DYING_WITH_PARENT,
     EmbeddedServer,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from tritonrank_server.export import export
-from tritonrank_server.pipeline import Pipeline
-from tritonrank_server.serve import EmbeddedServer, Settings
+from tritonrank_server.export.command import export
+from tritonrank_server.serving.serve import EmbeddedServer, Settings
+from tritonrank_server.stages.pipeline import Pipeline
 
 from loadtest.bench import new_repository
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tritonrank_server.admission import Ledger, Size
 from tritonrank_server.errors import Overloaded
+from tritonrank_server.stages.admission import Ledger, Size
 
 
 class Clock:

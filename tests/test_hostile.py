@@ -24,9 +24,9 @@ import pytest
 from conftest import pipeline, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank import AsyncRerankClient, RerankClient, RerankError, protocol
-from tritonrank_server import assets
-from tritonrank_server.mends import CANCELLATION, JSON, mend
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.serving import assets
+from tritonrank_server.serving.mends import CANCELLATION, JSON, mend
+from tritonrank_server.serving.serve import EmbeddedServer
 
 SECONDS = 60
 #: Between two requests of a client: they are to be many, but not more than the server can do.

@@ -23,7 +23,7 @@ import pytest
 from conftest import start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank.cli import main
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.serving.serve import EmbeddedServer
 
 from loadtest import sweep
 from loadtest.sweep import Limits, Step

@@ -41,9 +41,9 @@ from dockerfile_parse import DockerfileParser
 from test_serve import await_end, descendants, shared_memory
 from tritonclient.utils import InferenceServerException
 from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
-from tritonrank_server import assets, serve
-from tritonrank_server.export import use
-from tritonrank_server.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
+from tritonrank_server.export.command import use
+from tritonrank_server.serving import assets, serve
+from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
 
 from loadtest.bench import new_repository
 from loadtest.replicas import Fleet, Phase, nginx, scenario
@@ -265,7 +265,7 @@ def test_the_end_of_a_container(image: Image, tmp_path: Path) -> None:
 def test_a_stop_at_the_start_is_not_lost(tmp_path: Path) -> None:
     started = tmp_path / "started"
     command = ["sh", "-c", f"touch {started}; exec sleep 60"]
-    supervise = [sys.executable, "-m", "tritonrank_server.supervise", *command]
+    supervise = [sys.executable, "-m", "tritonrank_server.serving.supervise", *command]
     with subprocess.Popen(supervise) as process:
         while not started.exists():
             assert process.poll() is None

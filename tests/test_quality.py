@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import pipeline
 from tritonrank import RerankClient
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.serving.serve import EmbeddedServer
 
 from loadtest.data import DL19, ndcg_at_10, requests
 

@@ -23,11 +23,11 @@ from conftest import new_repository, pipeline
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from test_export import FAMILIES, Sample, reference, write_checkpoint
-from tritonrank_server import checkpoint as checkpoint_module
-from tritonrank_server import export as module
-from tritonrank_server import reading
 from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
-from tritonrank_server.export import export
+from tritonrank_server.export import checkpoint as checkpoint_module
+from tritonrank_server.export import command as module
+from tritonrank_server.export import reading
+from tritonrank_server.export.command import export
 
 Change = Callable[[Path], Any]
 

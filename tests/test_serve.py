@@ -22,7 +22,7 @@ import tritonclient.grpc as triton
 from conftest import new_repository, pipeline, start
 from tritonclient.utils import InferenceServerException
 from tritonrank import RerankClient, RerankError
-from tritonrank_server.serve import EmbeddedServer, ServerError, Settings
+from tritonrank_server.serving.serve import EmbeddedServer, ServerError, Settings
 
 TRITONRANK = [sys.executable, "-m", "tritonrank"]
 

@@ -35,8 +35,8 @@ from tritonrank import (
 )
 from tritonrank.errors import from_rpc
 from tritonrank.protocol import BULK_DOCUMENTS
-from tritonrank_server import default_model
-from tritonrank_server.serve import EmbeddedServer
+from tritonrank_server.export import default_model
+from tritonrank_server.serving.serve import EmbeddedServer
 
 Sample = list[tuple[str, list[str]]]
 

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import tritonrank_server
 from conftest import MAX_DOCUMENTS
-from tritonrank_server.cross_encoder import CrossEncoder, Relevance, Work
+from tritonrank_server import stages
 from tritonrank_server.errors import InvalidInput, InvalidOutput
-from tritonrank_server.sorter import rank
-from tritonrank_server.tokenizer import FILL, PairTokenizer
+from tritonrank_server.stages.cross_encoder import CrossEncoder, Relevance, Work
+from tritonrank_server.stages.sorter import rank
+from tritonrank_server.stages.tokenizer import FILL, PairTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +166,12 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     fake.Logger = SimpleNamespace(log_error=lambda _: None, log_verbose=lambda _: None)
     fake.MetricFamily = MetricFamily
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    from tritonrank_server import triton
+    from tritonrank_server.stages import triton
 
     yield triton
     # So that the next test imports it on its own fake.
     monkeypatch.delitem(sys.modules, triton.__name__)
-    monkeypatch.delattr(tritonrank_server, "triton")
+    monkeypatch.delattr(stages, "triton")
 
 
 def request(cancelled: bool = False, **tensors: Any) -> SimpleNamespace:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import new_repository
 from test_export import Sample, write_checkpoint
-from tritonrank_server import assets
+from tritonrank_server.export import default_model
+from tritonrank_server.serving import assets
+from tritonrank_server.wheels import cache_folder
 
 #: Root without its powers, to whom permissions apply as to anybody.
 POWERLESS = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", "--"] * (os.geteuid() == 0)
@@ -19,11 +21,11 @@ COMMAND = [*POWERLESS, sys.executable, "-m", "tritonrank"]
 #: Of a user whom this machine does not know; what is not imported before, he may not be able to.
 NOBODY = """
 import encodings.idna, os, sys
-from tritonrank_server import {0}
+from tritonrank_server.{0} import main
 os.setgroups([])
 os.setgid(12345)
 os.setuid(12345)
-sys.exit({0}.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -50,7 +52,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["export", "demo"])
+@pytest.mark.parametrize("module", ["export.command", "serving.demo"])
 def test_a_cache_that_cannot_be_written(
     command: str, repository: Path, int8_repository: Path, tmp_path: Path
 ) -> None:
@@ -64,13 +66,13 @@ def test_a_cache_that_cannot_be_written(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
-@pytest.mark.parametrize("command", ["export", "demo"])
-def test_no_home(command: str, repository: Path) -> None:
+@pytest.mark.parametrize("module", ["export.command", "serving.demo"])
+def test_no_home(module: str, repository: Path) -> None:
     repository.chmod(0o777)
     (repository / "cross_encoder").chmod(0o777)
     for folder in repository.parents:
         folder.chmod(folder.stat().st_mode | 0o111)
-    script = NOBODY.format(command)
+    script = NOBODY.format(module)
     line = last_line(run([sys.executable, "-c", script, f"--model-repository={repository}"]))
     assert "no home folder" in line
     assert "set XDG_CACHE_HOME" in line
@@ -80,9 +82,9 @@ def test_a_cache_that_another_filled_serves(
     repository: Path, int8_repository: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache" / "tritonrank"
-    for wheel in (assets.default_model(), assets.tritonserver()):
-        folder = wheel.relative_to(assets._cache()).parts[0]
-        shutil.copytree(assets._cache() / folder, cache / folder, symlinks=True)
+    for wheel in (default_model.folder(), assets.tritonserver()):
+        folder = wheel.relative_to(cache_folder()).parts[0]
+        shutil.copytree(cache_folder() / folder, cache / folder, symlinks=True)
     environment = {"XDG_CACHE_HOME": str(read_only(cache).parent)}
     exported = run([*COMMAND, "export", f"--model-repository={repository}"], **environment)
     assert exported.returncode == 0, exported.stderr

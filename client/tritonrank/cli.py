@@ -18,12 +18,16 @@ from .connection import TLS
 from .errors import RerankError
 from .table import format_table
 
-#: Commands of the server side, by the extra that they need. The client installs without them.
+#: Commands of the server side: module, the extra that it needs. The client installs without them.
 SERVER_COMMANDS = {
-    "serve": ("serving", "serve the model repository with the embedded Triton"),
-    "export": ("export", "export a checkpoint into the model repository"),
-    "demo": ("serving", "rank a sample with the embedded Triton"),
-    "capacity": ("serving", "tell how many servers a load needs, from a load test"),
+    "serve": ("serving.serve", "serving", "serve the model repository with the embedded Triton"),
+    "export": ("export.command", "export", "export a checkpoint into the model repository"),
+    "demo": ("serving.demo", "serving", "rank a sample with the embedded Triton"),
+    "capacity": (
+        "serving.capacity",
+        "serving",
+        "tell how many servers a load needs, from a load test",
+    ),
 }
 
 
@@ -50,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _server_command(name: str, *arguments: str) -> int:
-    extra, _ = SERVER_COMMANDS[name]
+    path, extra, _ = SERVER_COMMANDS[name]
     try:
-        module = importlib.import_module(f"tritonrank_server.{name}")
+        module = importlib.import_module(f"tritonrank_server.{path}")
         status: int = module.main(list(arguments))
     except ModuleNotFoundError as error:
         print(
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     tls = rank.add_argument_group("TLS", "PEM files, any of which asks for it.")
     for name in ("root-certificates", "private-key", "certificate-chain"):
         tls.add_argument(f"--{name}", type=Path, metavar="FILE")
-    for name, (_, text) in SERVER_COMMANDS.items():
+    for name, (_, _, text) in SERVER_COMMANDS.items():
         commands.add_parser(name, help=text)
     return parser
 

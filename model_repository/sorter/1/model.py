@@ -1,1 +1,1 @@
-from tritonrank_server.triton import SorterModel as TritonPythonModel  # noqa: F401
+from tritonrank_server.stages.triton import SorterModel as TritonPythonModel  # noqa: F401

@@ -11,12 +11,12 @@ from pathlib import Path
 from tritonrank import RerankClient, RerankError
 from tritonrank.table import format_table
 
-from .assets import AssetError
+from ..wheels import WheelError
 from .serve import EmbeddedServer, ServerError, Settings
 
 #: Said of what the default model does not read.
 NOT_ENGLISH = "shown for its script: the default model reads English"
-SAMPLE = files(__package__) / "sample.jsonl"
+SAMPLE = files("tritonrank_server") / "sample.jsonl"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
                 ranking = client.rank(request["query"], request["documents"])
                 note = "" if request["query"].isascii() else f"  ({NOT_ENGLISH})"
                 print(f"{request['query']}{note}\n{format_table(ranking)}\n")
-    except (AssetError, ServerError, RerankError) as error:
+    except (WheelError, ServerError, RerankError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
     return 0

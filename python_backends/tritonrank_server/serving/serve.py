@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from ..stages.numpy2 import SWITCH
+from ..wheels import WheelError
 from . import assets
-from .numpy2 import SWITCH
 from .supervise import OPTIONS, BackendDied, KeyFileError, end, restrictions, shared_memory, wait
 
 #: How long the models may take to load before the start counts as failed, in seconds. A stub of
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         _serve(settings)
-    except (ServerError, KeyFileError, assets.AssetError) as error:
+    except (ServerError, KeyFileError, WheelError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InvalidInput, InvalidOutput
 from .cross_encoder import Relevance
-from .errors import InvalidInput, InvalidOutput
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from .errors import InvalidInput
+from ..errors import InvalidInput
 
 Int32 = npt.NDArray[np.int32]
 

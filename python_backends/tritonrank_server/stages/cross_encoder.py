@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UnsupportedGraph
+from ..errors import UnsupportedGraph
 from .tokenizer import Tokens
 
 Float32 = npt.NDArray[np.float32]

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ..stages.shm import stages_prefix
+
 #: Triton's own names of its services; see "limited endpoint access" in its documentation.
 ADMINISTRATION = "model-repository,shared-memory,trace,logging"
 #: All others but health.
@@ -88,11 +90,6 @@ def free(prefix: str) -> None:
     """Removes the regions of shared memory whose names begin so."""
     for region in Path("/dev/shm").glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
-
-
-def stages_prefix(pid: int) -> str:
-    """What the names of the regions begin with that the stages of a ``tritonserver`` make."""
-    return f"tritonrank-{socket.gethostname()}-{pid}-"
 
 
 def shared_memory(prefix: str) -> str:

@@ -42,7 +42,7 @@ import onnx
 from onnx import helper, inliner, numpy_helper, parser
 from tokenizers import Tokenizer
 
-from .errors import UnsupportedCheckpoint
+from ..errors import UnsupportedCheckpoint
 
 #: Parameters, FP32 or FP16, by their names in transformers without the base model's prefix.
 Weights = Mapping[str, npt.NDArray[Any]]

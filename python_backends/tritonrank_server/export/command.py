@@ -30,13 +30,13 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
+from ..errors import ExportRefused, InvalidOutput, UnsupportedCheckpoint
+from ..stages.cross_encoder import CrossEncoder
+from ..stages.pipeline import Pipeline
+from ..stages.tokenizer import PairTokenizer
+from ..wheels import WheelError
 from . import default_model, reading
-from .assets import AssetError
-from .cross_encoder import CrossEncoder
-from .errors import ExportRefused, InvalidOutput, UnsupportedCheckpoint
 from .graph import Source, portable
-from .pipeline import Pipeline
-from .tokenizer import PairTokenizer
 
 Float32 = npt.NDArray[np.float32]
 #: The tokens of the longest documents whose logits are compared, unless the model takes fewer.
@@ -103,7 +103,7 @@ def export(model: str, precision: str, repository: Path) -> Path:
         UnsupportedCheckpoint: the checkpoint cannot be had or is of an unknown kind.
         ExportRefused: the graph is too far from its FP32 reference, its tokenizer reads something
             else, or the repository cannot be written.
-        AssetError: the default model could not be downloaded.
+        WheelError: the default model could not be downloaded.
     """
     with _staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
@@ -171,7 +171,7 @@ def _sample(source: Source) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     Or ``LONG`` of them, where there are very many, lest the check take many minutes.
     """
-    lines = (files(__package__) / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (files("tritonrank_server") / "sample.jsonl").read_text(encoding="utf-8").splitlines()
     requests = [json.loads(line) for line in lines]
     texts = [" ".join(request["documents"]) for request in requests]
     length = min(source.max_length, LONG)
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         export(arguments.model, arguments.precision, arguments.model_repository)
-    except (AssetError, ExportRefused, UnsupportedCheckpoint, OSError) as error:
+    except (WheelError, ExportRefused, UnsupportedCheckpoint, OSError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)  # The last: no space, no permission.
         return 1
     finally:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Overloaded
+from ..errors import Overloaded
 
 Float64 = npt.NDArray[np.float64]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .errors import ExportRefused
+from ..errors import ExportRefused
+from ..stages.tokenizer import QUERY_SHARE, PairTokenizer
 from .graph import Source
-from .tokenizer import QUERY_SHARE, PairTokenizer
 
 #: One sentence a script.
 SCRIPTS = (

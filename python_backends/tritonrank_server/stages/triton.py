@@ -19,12 +19,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ..errors import InvalidInput, InvalidOutput, Overloaded
 from . import numpy2
 from .admission import UNBOUNDED, Float64, Ledger, Size
 from .cross_encoder import CrossEncoder, Relevance, Work
-from .errors import InvalidInput, InvalidOutput, Overloaded
+from .shm import stages_prefix
 from .sorter import Ranking, rank
-from .supervise import stages_prefix
 from .tokenizer import Pairs, PairTokenizer, Tokens
 
 # Stubs of the embedded server may be older than this NumPy.

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from .errors import UnsupportedCheckpoint
+from ..errors import UnsupportedCheckpoint
 
 #: What of a hub repository is read, all of it from its top folder.
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]

@@ -1,0 +1,1 @@
+"""A checkpoint → its graph → quantised → compared with what its publisher runs → published."""

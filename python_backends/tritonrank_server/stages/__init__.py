@@ -1,0 +1,1 @@
+"""The stages of the ensemble, and their adapter to Triton: all that a running server needs."""
