@@ -52,7 +52,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["export.command", "serving.demo"])
+@pytest.mark.parametrize("command", ["export", "demo"])
 def test_a_cache_that_cannot_be_written(
     command: str, repository: Path, int8_repository: Path, tmp_path: Path
 ) -> None:
