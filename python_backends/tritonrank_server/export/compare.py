@@ -1,0 +1,187 @@
+"""How far an exported graph is from what the checkpoint's publisher runs, and how far it may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from ..errors import ExportRefused, InvalidOutput
+from ..stages.cross_encoder import CrossEncoder
+from ..stages.pipeline import Pipeline
+from ..stages.tokenizer import PairTokenizer
+from . import reading
+from .frame import portable
+from .source import Source
+
+Float32 = npt.NDArray[np.float32]
+Request = dict[str, Any]
+#: The tokens of the longest documents whose logits are compared, unless the model takes fewer.
+LONG = 512
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an exported graph is from its FP32 reference.
+
+    Rankings are those of the sample's queries; errors are also of its first documents made long.
+
+    Attributes:
+        logit_error: the largest absolute difference of a logit.
+        relative_error: that, as a share of the range of the reference's logits.
+        kendall_tau: Kendall's τ of the two rankings of a query, mean over queries.
+        top_5_overlap: the share of the reference's best five among the graph's, mean over queries.
+        batch_error: how far a document's logit moves when all documents share one execution, as in
+            Triton's own backend; a share of the range, too. None of INT8, which takes one document
+            an execution.
+    """
+
+    logit_error: float
+    relative_error: float
+    kendall_tau: float
+    top_5_overlap: float
+    batch_error: float | None
+
+
+#: What a precision may cost: (attribute, limit, whether the limit is a ceiling). FP32 computes the
+#: same numbers in another order. FP16 keeps 11 bits of each. INT8 moves logits visibly, so there it
+#: is the ranking that must hold, and of documents alone: its graph takes one an execution, since
+#: dynamic INT8 takes its scales from all that it is given.
+LIMITS = {
+    "fp32": [("logit_error", 1e-4, True), ("batch_error", 1e-4, True)],
+    "fp16": [
+        ("relative_error", 0.01, True),
+        ("kendall_tau", 0.97, False),
+        ("batch_error", 0.01, True),
+    ],
+    "int8": [("kendall_tau", 0.85, False), ("top_5_overlap", 0.8, False)],
+}
+
+#: What to do about a graph that is too far.
+NEARER = {
+    "fp32": "it is a fault of this exporter, to be reported",
+    "fp16": "use --precision fp32",
+    "int8": "use --precision fp32, or fp16 for a GPU",
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the checkpoint's own FP32 model says of the sample.
+
+    Attributes:
+        requests: the sample's, and one of long documents.
+        logits: of each request, FP32 [N].
+    """
+
+    requests: Sequence[Request]
+    logits: Sequence[Float32]
+
+    @classmethod
+    def of(cls, source: Source) -> Expected:
+        """By the source's reference."""
+        requests = _sample(source)
+        logits = [source.reference(each["query"], each["documents"]) for each in requests]
+        return cls(requests, logits)
+
+    def difference(self, graph: Path, tokenizer: Path, precision: str) -> Difference:
+        """How far an exported graph is from it.
+
+        Raises:
+            ExportRefused: the graph gives NaN or infinity.
+        """
+        runnable = graph.with_name("portable.onnx")  # There is no GPU here.
+        onnx.save(portable(onnx.load(graph, load_external_data=False)), runnable)
+        try:
+            documents = max(len(each["documents"]) for each in self.requests)
+            tokenizer_ = PairTokenizer(tokenizer, documents)
+            return self._difference(runnable, tokenizer_, precision)
+        finally:
+            runnable.unlink()
+
+    def _difference(self, graph: Path, tokenizer: PairTokenizer, precision: str) -> Difference:
+        actual = _logits(Pipeline(tokenizer, CrossEncoder(graph)), self.requests)
+        every, alone = np.concatenate(self.logits), np.concatenate(actual)
+        spread, error = float(np.ptp(every)), float(np.abs(every - alone).max())
+        batch_error = None
+        if precision != "int8":
+            together = _logits_of_one_execution(graph, tokenizer, self.requests)
+            batch_error = float(np.abs(together - alone).max()) / spread
+        rankings = list(zip(self.logits, actual))[:-1]
+        return Difference(
+            logit_error=error,
+            relative_error=error / spread,
+            batch_error=batch_error,
+            kendall_tau=float(np.mean([_kendall_tau(*pair) for pair in rankings])),
+            top_5_overlap=float(np.mean([_overlap(*pair, 5) for pair in rankings])),
+        )
+
+
+def _sample(source: Source) -> list[Request]:
+    """The sample's requests, and one more, of documents that take all of the model's positions.
+
+    Or ``LONG`` of them, where there are very many, lest the check take many minutes.
+    """
+    lines = (files("tritonrank_server") / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    requests = [json.loads(line) for line in lines]
+    texts = [" ".join(request["documents"]) for request in requests]
+    length = min(source.max_length, LONG)
+    long = [reading.longer_than(length, [text], source.tokenizer) for text in texts]
+    return [*requests, {"query": requests[0]["query"], "documents": long}]
+
+
+def _logits(exported: Pipeline, requests: Sequence[Request]) -> list[Float32]:
+    """Of each request, FP32 [N], in the order of its documents."""
+    try:
+        rankings = [exported.rank(each["query"], each["documents"]) for each in requests]
+    except InvalidOutput as error:
+        raise ExportRefused(f"on the sample {error}. Nothing was published") from error
+    return [ranking.logits[np.argsort(ranking.indices)] for ranking in rankings]
+
+
+def _logits_of_one_execution(
+    graph: Path, tokenizer: PairTokenizer, requests: Sequence[Request]
+) -> Float32:
+    """FP32 [N], of the documents of all requests, concatenated as Triton does for its backend."""
+    batch = tokenizer.encode(
+        [
+            tokenizer.read(each["query"].encode(), [text.encode() for text in each["documents"]])
+            for each in requests
+        ]
+    )
+    inputs = [tokens.inputs() for tokens in batch]
+    feed = {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    logits: Float32 = session.run(["logits"], feed)[0][:, 0]
+    return logits
+
+
+def _kendall_tau(a: Float32, b: Float32) -> float:
+    """Concordant less discordant pairs, over all pairs (Kendall 1938; real logits have no ties)."""
+    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
+    return float(np.mean(signs))
+
+
+def _overlap(a: Float32, b: Float32, k: int) -> float:
+    best_a, best_b = (set(np.argsort(-logits, kind="stable")[:k].tolist()) for logits in (a, b))
+    return len(best_a & best_b) / k
+
+
+def refuse_beyond_limits(difference: Difference, precision: str) -> None:
+    for attribute, limit, ceiling in LIMITS[precision]:
+        value = getattr(difference, attribute)
+        # Written so that NaN is beyond any limit.
+        if not (value <= limit if ceiling else value >= limit):
+            raise ExportRefused(
+                f"{precision} is too far from FP32: {attribute} is {value:.3g}, and the limit is "
+                f"{limit:g}. Nothing was published: {NEARER[precision]}"
+            )

@@ -1,0 +1,17 @@
+"""The families of models, a module each, and their architectures by transformers' names."""
+
+from .bert import (
+    BertForSequenceClassification,
+    ElectraForSequenceClassification,
+    RobertaForSequenceClassification,
+)
+from .family import Reranker as Reranker
+
+#: Architecture → its model type in transformers, by which that knows what to load; its class here.
+FAMILIES: dict[str, tuple[str, type[Reranker]]] = {
+    "BertForSequenceClassification": ("bert", BertForSequenceClassification),
+    "CamembertForSequenceClassification": ("camembert", RobertaForSequenceClassification),
+    "ElectraForSequenceClassification": ("electra", ElectraForSequenceClassification),
+    "RobertaForSequenceClassification": ("roberta", RobertaForSequenceClassification),
+    "XLMRobertaForSequenceClassification": ("xlm-roberta", RobertaForSequenceClassification),
+}
