@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -39,7 +40,10 @@ from tritonrank_server.export import checkpoint as checkpoint_module
 from tritonrank_server.export import command as module
 from tritonrank_server.export import default_model
 from tritonrank_server.export.command import export
-from tritonrank_server.export.graph import EVEN, PACKED, portable, ragged
+from tritonrank_server.export.compare import Difference
+from tritonrank_server.export.families import FAMILIES as ARCHITECTURES
+from tritonrank_server.export.frame import Even, Frame, Packed, portable, ragged
+from tritonrank_server.export.layers import ACTIVATIONS
 
 Sample = list[tuple[str, list[str]]]
 
@@ -218,21 +222,32 @@ def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     return graph.run(["logits"], tokens.inputs())[0][:, 0]
 
 
-FORMS = {"even": EVEN, "packed": PACKED}
+FORMS = {"even": Even, "packed": Packed}
 
 
 def in_form(checkpoint: Path, form: str, token_types: bool = True) -> onnx.ModelProto:
     """The FP32 graph of a checkpoint, which export makes portable or quantises."""
+    return graph_of(checkpoint, FORMS[form], "fp32", token_types, 64)
+
+
+def graph_of(
+    checkpoint: Path, form: type[Frame], precision: str, token_types: bool, max_length: int
+) -> onnx.ModelProto:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    weights = checkpoint_module._weights(model)
-    architecture = checkpoint_module._architecture(model, token_types)
-    return ragged(weights, architecture, FORMS[form], "Sigmoid", 64)
+    _, family = ARCHITECTURES[type(model).__name__]
+    reranker = checkpoint_module._with_weights(family(model.config), model, precision)
+    return ir.to_proto(ragged(reranker, form, token_types, "Sigmoid", max_length))
 
 
 def on_a_cpu(repository: Path) -> None:
     """Makes what is published for a GPU run here."""
-    graph = repository / "cross_encoder" / "1" / "model.onnx"
-    onnx.save(portable(onnx.load(graph)), graph)
+    graph = graph_file(repository)
+    onnx.save(portable(onnx.load(graph, load_external_data=False)), graph)
+
+
+def graph_file(repository: Path) -> Path:
+    """Where it lies beside its weights: the onnx package refuses links to those."""
+    return (repository / "cross_encoder" / "current" / "model.onnx").resolve()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -284,14 +299,10 @@ def default_graph(precision: str) -> onnx.ModelProto:
     """The default model's, for a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         default_model.write_checkpoint(Path(folder))
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    weights = checkpoint_module._weights(model, dtype)
-    architecture = checkpoint_module._architecture(model, True)
-    return ragged(weights, architecture, PACKED, "Sigmoid", 512)
+        return graph_of(Path(folder), Packed, precision, True, 512)
 
 
-@pytest.mark.parametrize("activation", checkpoint_module.HIDDEN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample, hidden_act=activation)
     repository = new_repository(tmp_path / "repository")
@@ -303,9 +314,10 @@ def test_every_activation(activation: str, tmp_path: Path, sample: Sample) -> No
 def test_a_weight_without_a_place_is_refused_by_name(tmp_path: Path, sample: Sample) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "bert", sample)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    weights = checkpoint_module._weights(model) | {"adapter.weight": np.ones((2, 2), np.float32)}
+    model.adapter = torch.nn.Linear(2, 2, bias=False)
+    _, family = ARCHITECTURES[type(model).__name__]
     with pytest.raises(UnsupportedCheckpoint, match=r"no place is known for adapter\.weight"):
-        ragged(weights, checkpoint_module._architecture(model, True), PACKED, "Sigmoid", 64)
+        checkpoint_module._with_weights(family(model.config), model, "fp32")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -360,7 +372,7 @@ def test_the_last_layer_ends_with_one_row_a_document(
     form: str, request: pytest.FixtureRequest
 ) -> None:
     repository = request.getfixturevalue({"even": "int8", "packed": "fp32"}[form] + "_repository")
-    model = onnx.load(repository / "cross_encoder" / "1" / "model.onnx")
+    model = onnx.load(graph_file(repository))
     wide = {each.name for each in model.graph.initializer if [*each.dims] == [384, 1536]}
     products = [node.output[0] for node in model.graph.node if wide & {*node.input[1:2]}]
     assert len(products) == 12
@@ -385,7 +397,7 @@ def test_onnx_runtime_knows_enough_shapes_to_fuse(fp32_repository: Path, tmp_pat
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     graph = fp32_repository / "cross_encoder" / "1" / "model.onnx"
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    optimised = onnx.load(options.optimized_model_filepath).graph
+    optimised = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     operators = Counter(node.op_type for node in optimised.node)
     # Two a layer, but in the last.
     assert operators["SkipLayerNormalization"] >= 22
@@ -441,7 +453,7 @@ def test_lower_precisions(
 
 def largest_weight(repository: Path) -> int:
     """The largest INT8 weight by magnitude."""
-    graph = onnx.load(repository / "cross_encoder" / "1" / "model.onnx").graph
+    graph = onnx.load(graph_file(repository)).graph
     weights = [each for each in graph.initializer if each.data_type == onnx.TensorProto.INT8]
     return max(abs(onnx.numpy_helper.to_array(each).astype(int)).max() for each in weights)
 
@@ -588,9 +600,9 @@ def test_the_one_before_is_kept_and_older_ones_go(
     published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = default_model.int8_source()
-    same = module.Difference(0.0, 0.0, 1.0, 1.0, 0.0)
+    same = Difference(0.0, 0.0, 1.0, 1.0, 0.0)
     monkeypatch.setattr(module, "_source", lambda name, *_: replace(source, name=name))
-    monkeypatch.setattr(module, "_compare", lambda *_: same)
+    monkeypatch.setattr(module.Expected, "difference", lambda *_: same)
     monkeypatch.chdir(published.parent)  # As the command runs: the repository's path is relative.
     relative = Path(published.name)
     folders = [(relative / "cross_encoder" / "current").resolve()]

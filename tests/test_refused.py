@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -23,11 +24,13 @@ from conftest import new_repository, pipeline
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from test_export import FAMILIES, Sample, reference, write_checkpoint
-from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
+from tritonrank_server.errors import ExportRefused
 from tritonrank_server.export import checkpoint as checkpoint_module
 from tritonrank_server.export import command as module
 from tritonrank_server.export import reading
 from tritonrank_server.export.command import export
+from tritonrank_server.export.compare import Expected
+from tritonrank_server.export.frame import portable
 
 Change = Callable[[Path], Any]
 
@@ -266,23 +269,6 @@ def test_no_folder(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[st
     assert_refused(file, "int8", "config.json is a file", tmp_path, capsys)
 
 
-def test_too_large_for_a_cpu_is_not_sent_round_in_a_circle() -> None:
-    with torch.device("meta"):  # Of the size of bge-reranker-v2-m3, without its 2.1 GiB.
-        model = transformers.XLMRobertaForSequenceClassification(
-            transformers.XLMRobertaConfig(
-                vocab_size=250_002,
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_attention_heads=16,
-                num_hidden_layers=24,
-            )
-        )
-    checkpoint_module._check_size(model, "fp16")
-    for precision in ("int8", "fp32"):
-        with pytest.raises(UnsupportedCheckpoint, match="at fp16, for a GPU only"):
-            checkpoint_module._check_size(model, precision)
-
-
 def assert_refused(
     checkpoint: str,
     precision: str,
@@ -354,7 +340,7 @@ def test_weights_of_the_pretraining_are_left_out(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_sees_what_is_cut_elsewhere(family: str, whole: Path, tmp_path: Path) -> None:
-    source = checkpoint_module.load(str(whole / family), "fp32")
+    source = checkpoint_module.source(str(whole / family), "fp32")
     path = tmp_path / "tokenizer.json"
     source.tokenizer.save(str(path))
     reading.check(path, source)
@@ -369,18 +355,21 @@ def test_the_check_sees_what_is_cut_elsewhere(family: str, whole: Path, tmp_path
 
 
 def test_the_check_sees_the_last_positions(whole: Path, tmp_path: Path) -> None:
-    source = checkpoint_module.load(str(whole / "bert"), "fp32")
+    source = checkpoint_module.source(str(whole / "bert"), "fp32")
     source.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    expected = Expected.of(source)
 
     def error() -> float:
-        onnx.save(source.graph, tmp_path / "model.onnx")
-        return module._compare(tmp_path, source, "fp32").logit_error
+        module._save(source.graph, tmp_path)
+        graph = tmp_path / "model.onnx"
+        onnx.save(portable(onnx.load(graph, load_external_data=False)), graph)
+        return expected.difference(graph, tmp_path / "tokenizer.json", "fp32").logit_error
 
     assert error() < 1e-4
-    [kinds] = [each for each in source.graph.graph.initializer if each.name == "embeddings.kinds"]
-    table = onnx.numpy_helper.to_array(kinds).copy()
+    positions = source.graph.graph.initializers["bert.embeddings.position_embeddings.weight"]
+    table = positions.const_value.numpy().copy()
     table[-1, 0] += 100
-    kinds.CopyFrom(onnx.numpy_helper.from_array(table, kinds.name))
+    positions.const_value = ir.Tensor(table)
     assert error() > 1e-4
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 
 from ..errors import ExportRefused, InvalidOutput
@@ -20,7 +19,6 @@ from ..stages.cross_encoder import CrossEncoder
 from ..stages.pipeline import Pipeline
 from ..stages.tokenizer import PairTokenizer
 from . import reading
-from .frame import portable
 from .source import Source
 
 Float32 = npt.NDArray[np.float32]
@@ -94,27 +92,19 @@ class Expected:
         return cls(requests, logits)
 
     def difference(self, graph: Path, tokenizer: Path, precision: str) -> Difference:
-        """How far an exported graph is from it.
+        """How far an exported graph is from it, one that any processor runs.
 
         Raises:
             ExportRefused: the graph gives NaN or infinity.
         """
-        runnable = graph.with_name("portable.onnx")  # There is no GPU here.
-        onnx.save(portable(onnx.load(graph, load_external_data=False)), runnable)
-        try:
-            documents = max(len(each["documents"]) for each in self.requests)
-            tokenizer_ = PairTokenizer(tokenizer, documents)
-            return self._difference(runnable, tokenizer_, precision)
-        finally:
-            runnable.unlink()
-
-    def _difference(self, graph: Path, tokenizer: PairTokenizer, precision: str) -> Difference:
-        actual = _logits(Pipeline(tokenizer, CrossEncoder(graph)), self.requests)
+        documents = max(len(each["documents"]) for each in self.requests)
+        pairs = PairTokenizer(tokenizer, documents)
+        actual = _logits(Pipeline(pairs, CrossEncoder(graph)), self.requests)
         every, alone = np.concatenate(self.logits), np.concatenate(actual)
         spread, error = float(np.ptp(every)), float(np.abs(every - alone).max())
         batch_error = None
         if precision != "int8":
-            together = _logits_of_one_execution(graph, tokenizer, self.requests)
+            together = _logits_of_one_execution(graph, pairs, self.requests)
             batch_error = float(np.abs(together - alone).max()) / spread
         rankings = list(zip(self.logits, actual))[:-1]
         return Difference(
