@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ def export(model: str, precision: str, repository: Path) -> Path:
     with staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
         card, expected = _written(model, precision, folder)
+        gc.collect()  # The nodes of a graph refer to each other, and to the weights.
         _say("Comparing it with FP32 …")
         runnable = folder / "portable.onnx"  # There is no GPU here.
         onnx.save(portable(onnx.load(folder / GRAPH, load_external_data=False)), runnable)

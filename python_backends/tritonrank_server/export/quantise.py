@@ -76,9 +76,12 @@ def quantised(weight: Float32, most: int, axis: int) -> tuple[npt.NDArray[np.int
 
     Their product is nearly the weight. Symmetric: 0 stays 0.
     """
-    scale = (np.abs(weight).max(axis, keepdims=True).astype(np.float64) / most).astype(np.float32)
+    largest = np.maximum(weight.max(axis, keepdims=True), -weight.min(axis, keepdims=True))
+    scale = (largest.astype(np.float64) / most).astype(np.float32)
     scale[scale < np.finfo(np.float32).tiny] = 1.0
-    return np.rint(weight / scale).clip(-most, most).astype(np.int8), scale
+    integers = weight / scale  # The one copy: a table may have a gigabyte.
+    np.rint(integers, out=integers)
+    return integers.clip(-most, most, out=integers).astype(np.int8), scale
 
 
 def _parameter(array: npt.NDArray[np.generic]) -> nn.Parameter:
