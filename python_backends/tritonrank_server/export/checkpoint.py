@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,7 @@ from .families import FAMILIES, Reranker
 from .folder import activation, find, one_line, refuse_broken_parts, settings
 from .frame import Even, Packed, ragged
 from .layers import load
+from .progress import shown
 from .quantise import quantise
 from .source import Source
 
@@ -48,7 +50,8 @@ def source(name: str, precision: str) -> Source:
         UnsupportedCheckpoint: it cannot be had, is broken, or is of a kind that is not known here;
             the message says which.
     """
-    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     folder = find(name)
     family = _family(settings(folder))
     activation = _activation(folder)
@@ -304,7 +307,7 @@ def _reference(
 def _hash(model: PreTrainedModel) -> str:
     """SHA-256 of the weights by name, whatever file they came in."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in shown(sorted(model.state_dict().items()), "Hashing"):
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())
     return digest.hexdigest()

@@ -17,13 +17,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from tqdm import tqdm
 
 from ..errors import ExportRefused, UnsupportedCheckpoint
 from ..wheels import WheelError
 from . import default_model, reading
 from .compare import LIMITS, Expected, refuse_beyond_limits
 from .frame import portable
+from .progress import bar
 from .publish import publish, sha256, staging, staging_folder
 from .source import Source
 
@@ -100,7 +100,7 @@ def _written(model: str, precision: str, folder: Path) -> tuple[dict[str, Any], 
 def _save(graph: ir.Model, folder: Path) -> None:
     """Writes the graph, converting one weight after the other."""
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
+    with bar("Writing", total=size, unit="B", unit_scale=True) as progress:
         ir.save(
             graph,
             folder / GRAPH,

@@ -19,6 +19,7 @@ from ..stages.cross_encoder import CrossEncoder
 from ..stages.pipeline import Pipeline
 from ..stages.tokenizer import PairTokenizer
 from . import reading
+from .progress import shown
 from .source import Source
 
 Float32 = npt.NDArray[np.float32]
@@ -88,7 +89,8 @@ class Expected:
     def of(cls, source: Source) -> Expected:
         """By the source's reference."""
         requests = _sample(source)
-        logits = [source.reference(each["query"], each["documents"]) for each in requests]
+        bars = shown(requests, "Running the checkpoint's own model")
+        logits = [source.reference(each["query"], each["documents"]) for each in bars]
         return cls(requests, logits)
 
     def difference(self, graph: Path, tokenizer: Path, precision: str) -> Difference:
@@ -132,7 +134,8 @@ def _sample(source: Source) -> list[Request]:
 def _logits(exported: Pipeline, requests: Sequence[Request]) -> list[Float32]:
     """Of each request, FP32 [N], in the order of its documents."""
     try:
-        rankings = [exported.rank(each["query"], each["documents"]) for each in requests]
+        bars = shown(requests, "Running the graph")
+        rankings = [exported.rank(each["query"], each["documents"]) for each in bars]
     except InvalidOutput as error:
         raise ExportRefused(f"on the sample {error}. Nothing was published") from error
     return [ranking.logits[np.argsort(ranking.indices)] for ranking in rankings]

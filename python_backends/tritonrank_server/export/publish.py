@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ExportRefused
+from .progress import bar
 
 
 @contextmanager
@@ -79,7 +80,10 @@ def publish(staged: Path) -> Path:
 def sha256(path: Path) -> str:
     """Of a file's content, of which it holds a little at a time."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    size = path.stat().st_size
+    options = {"total": size, "unit": "B", "unit_scale": True}
+    with path.open("rb") as file, bar(f"Hashing {path.name}", **options) as progress:
         while chunk := file.read(2**20):
             digest.update(chunk)
+            progress.update(len(chunk))
     return digest.hexdigest()

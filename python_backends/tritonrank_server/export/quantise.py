@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from .layers import Embedding, Linear
+from .progress import shown
 
 Float32 = npt.NDArray[np.float32]
 #: The largest magnitude of a weight: 7 of the 8 bits. Where a CPU has no VNNI, ONNX Runtime
@@ -27,7 +28,7 @@ LARGE_TABLE = 2**24
 
 def quantise(model: nn.Module) -> None:
     """Replaces the linear layers of a loaded model, and its large tables, by quantised ones."""
-    for _, parent in list(model.named_modules()):
+    for _, parent in shown(list(model.named_modules()), "Quantising"):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
                 _replace(parent, name, QuantisedLinear(child))
