@@ -175,6 +175,26 @@ class Frame(ABC):
     def padding(self) -> ir.Value | None:
         """INT32 [N], the lengths of the documents ``apart``, or None where none is padded."""
 
+    def rotate(self, rows: ir.Value, theta: float, width: int) -> ir.Value:
+        """[rows, heads · width], each head's numbers rotated in pairs by the position.
+
+        Args:
+            rows: queries or keys.
+            theta: the base of the frequencies (Su et al. 2021).
+            width: of a head.
+        """
+        angles = self._angles(theta, width, rows.dtype)
+        return microsoft(self.op, "RotaryEmbedding", rows, rows, self.positions, *angles)
+
+    @lru_cache(2)  # noqa: B019
+    def _angles(self, theta: float, width: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        """Cosine and sine by position, [L, width / 2]."""
+        op = self.op
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        frequencies = op.Constant(value=ir.tensor(1 / np.float32(theta) ** exponents))
+        angles = op.Mul(op.Unsqueeze(op.Cast(self.place, to=FLOAT), [1]), frequencies)
+        return op.Cast(op.Cos(angles), to=dtype), op.Cast(op.Sin(angles), to=dtype)
+
     def attend_causally(
         self, query: ir.Value, key: ir.Value, value: ir.Value, heads: int, groups: int
     ) -> ir.Value:
@@ -210,8 +230,10 @@ class Frame(ABC):
         inputs = (queries, keys, values, None, None, op.CastLike(self._nearby(window), query))
         attended = microsoft(op, "MultiHeadAttention", queries, *inputs, num_heads=heads)
         documents = op.Shape(self.size, start=0, end=1)
-        rows = op.Reshape(attended, op.Concat(documents, [-1, width], axis=0))
-        return self.together(op.Slice(rows, [0], op.Unsqueeze(self.longest, [0]), [1]))
+        places = op.Reshape(attended, op.Concat(documents, [-1, width], axis=0))
+        whole = op.Slice(places, [0], op.Unsqueeze(self.longest, [0]), [1])
+        whole.shape = ir.Shape([None, None, width])  # Which is not found where an end is computed.
+        return self.together(whole)
 
     def _blocks(self, rows: ir.Value, window: int) -> ir.Value:
         """[rows, H] → [N, M, window, H], the last block padded."""

@@ -6,12 +6,14 @@ from .bert import (
     RobertaForSequenceClassification,
 )
 from .family import Reranker as Reranker
+from .modernbert import ModernBertForSequenceClassification
 
 #: Architecture → its model type in transformers, by which that knows what to load; its class here.
 FAMILIES: dict[str, tuple[str, type[Reranker]]] = {
     "BertForSequenceClassification": ("bert", BertForSequenceClassification),
     "CamembertForSequenceClassification": ("camembert", RobertaForSequenceClassification),
     "ElectraForSequenceClassification": ("electra", ElectraForSequenceClassification),
+    "ModernBertForSequenceClassification": ("modernbert", ModernBertForSequenceClassification),
     "RobertaForSequenceClassification": ("roberta", RobertaForSequenceClassification),
     "XLMRobertaForSequenceClassification": ("xlm-roberta", RobertaForSequenceClassification),
 }
