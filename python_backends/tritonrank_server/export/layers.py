@@ -26,7 +26,7 @@ def microsoft(
     ONNX does not know them, and without these would find no type or shape of anything after it; nor
     would ONNX Runtime, which then does not fuse sums of equal shapes with the normalisation.
     """
-    output = getattr(op, name)(*inputs, _domain=MICROSOFT, **attributes)
+    output = getattr(op, name)(*inputs, **{"_domain": MICROSOFT, **attributes})
     first: ir.Value = output if isinstance(output, ir.Value) else output[0]
     first.type, first.shape = like.type, like.shape
     return first
@@ -94,6 +94,21 @@ class LayerNorm(nn.Module):
     def forward(self, op: OpBuilder, states: ir.Value) -> ir.Value:
         bias = [] if self.bias is None else [self.bias]
         return op.LayerNormalization(states, self.weight, *bias, axis=-1, epsilon=self._epsilon)
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, without a mean (Zhang and Sennrich 2019); summed in FP32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([width])
+        self._epsilon = epsilon
+
+    def forward(self, op: OpBuilder, states: ir.Value) -> ir.Value:
+        # ONNX Runtime's, but in ONNX's own domain.
+        options = {"axis": -1, "epsilon": self._epsilon, "_domain": "", "stash_type": 1}
+        name = "SimplifiedLayerNormalization"
+        return microsoft(op, name, states, states, self.weight, **options)
 
 
 def load(model: nn.Module, weights: dict[str, Any], dtype: ir.DataType) -> None:

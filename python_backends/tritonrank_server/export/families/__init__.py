@@ -7,6 +7,7 @@ from .bert import (
 )
 from .family import Reranker as Reranker
 from .modernbert import ModernBertForSequenceClassification
+from .qwen3 import Qwen3ForSequenceClassification
 
 #: Architecture → its model type in transformers, by which that knows what to load; its class here.
 FAMILIES: dict[str, tuple[str, type[Reranker]]] = {
@@ -14,6 +15,7 @@ FAMILIES: dict[str, tuple[str, type[Reranker]]] = {
     "CamembertForSequenceClassification": ("camembert", RobertaForSequenceClassification),
     "ElectraForSequenceClassification": ("electra", ElectraForSequenceClassification),
     "ModernBertForSequenceClassification": ("modernbert", ModernBertForSequenceClassification),
+    "Qwen3ForSequenceClassification": ("qwen3", Qwen3ForSequenceClassification),
     "RobertaForSequenceClassification": ("roberta", RobertaForSequenceClassification),
     "XLMRobertaForSequenceClassification": ("xlm-roberta", RobertaForSequenceClassification),
 }

@@ -31,7 +31,7 @@ class Reranker(nn.Module):
 
     @classmethod
     def positions(cls, config: Any) -> int:
-        """The most tokens of a pair."""
+        """The most tokens of a pair that the model is made for."""
         most: int = config.max_position_embeddings
         return most
 
