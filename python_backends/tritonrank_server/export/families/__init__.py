@@ -5,6 +5,8 @@ from .bert import (
     ElectraForSequenceClassification,
     RobertaForSequenceClassification,
 )
+from .deberta import DebertaV2ForSequenceClassification
+from .distilbert import DistilBertForSequenceClassification
 from .family import Reranker as Reranker
 from .modernbert import ModernBertForSequenceClassification
 from .qwen3 import Qwen3ForSequenceClassification
@@ -13,6 +15,8 @@ from .qwen3 import Qwen3ForSequenceClassification
 FAMILIES: dict[str, tuple[str, type[Reranker]]] = {
     "BertForSequenceClassification": ("bert", BertForSequenceClassification),
     "CamembertForSequenceClassification": ("camembert", RobertaForSequenceClassification),
+    "DebertaV2ForSequenceClassification": ("deberta-v2", DebertaV2ForSequenceClassification),
+    "DistilBertForSequenceClassification": ("distilbert", DistilBertForSequenceClassification),
     "ElectraForSequenceClassification": ("electra", ElectraForSequenceClassification),
     "ModernBertForSequenceClassification": ("modernbert", ModernBertForSequenceClassification),
     "Qwen3ForSequenceClassification": ("qwen3", Qwen3ForSequenceClassification),
