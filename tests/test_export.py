@@ -44,6 +44,7 @@ from tritonrank_server.export.compare import Difference
 from tritonrank_server.export.families import FAMILIES as ARCHITECTURES
 from tritonrank_server.export.frame import Even, Frame, Packed, portable, ragged
 from tritonrank_server.export.layers import ACTIVATIONS
+from tritonrank_server.export.loading import Loaded
 
 Sample = list[tuple[str, list[str]]]
 
@@ -235,8 +236,9 @@ def graph_of(
 ) -> onnx.ModelProto:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     _, family = ARCHITECTURES[type(model).__name__]
-    reranker = checkpoint_module._with_weights(family(model.config), model, precision)
-    return ir.to_proto(ragged(reranker, form, token_types, "Sigmoid", max_length))
+    loaded = Loaded(model, family(model.config), dict(model.named_parameters()), model)
+    checkpoint_module._give_weights(loaded, precision)
+    return ir.to_proto(ragged(loaded.reranker, form, token_types, "Sigmoid", max_length))
 
 
 def on_a_cpu(repository: Path) -> None:
@@ -316,8 +318,9 @@ def test_a_weight_without_a_place_is_refused_by_name(tmp_path: Path, sample: Sam
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     model.adapter = torch.nn.Linear(2, 2, bias=False)
     _, family = ARCHITECTURES[type(model).__name__]
+    loaded = Loaded(model, family(model.config), dict(model.named_parameters()), model)
     with pytest.raises(UnsupportedCheckpoint, match=r"no place is known for adapter\.weight"):
-        checkpoint_module._with_weights(family(model.config), model, "fp32")
+        checkpoint_module._give_weights(loaded, "fp32")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -31,6 +31,7 @@ from tritonrank_server.export import reading
 from tritonrank_server.export.command import export
 from tritonrank_server.export.compare import Expected
 from tritonrank_server.export.frame import portable
+from tritonrank_server.stages.tokenizer import PairTokenizer
 
 Change = Callable[[Path], Any]
 
@@ -343,7 +344,8 @@ def test_the_check_sees_what_is_cut_elsewhere(family: str, whole: Path, tmp_path
     source = checkpoint_module.source(str(whole / family), "fp32")
     path = tmp_path / "tokenizer.json"
     source.tokenizer.save(str(path))
-    reading.check(path, source)
+    pairs = PairTokenizer(path, 100, source.prompt)
+    reading.check(pairs, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole / family, truncation_side="left")
     at_the_left = partial(tokenizer, truncation="only_second", max_length=source.max_length)
 
@@ -351,7 +353,7 @@ def test_the_check_sees_what_is_cut_elsewhere(family: str, whole: Path, tmp_path
         return at_the_left([query] * len(documents), documents)["input_ids"]
 
     with pytest.raises(ExportRefused, match="reads other tokens"):
-        reading.check(path, replace(source, read=read))
+        reading.check(pairs, replace(source, read=read))
 
 
 def test_the_check_sees_the_last_positions(whole: Path, tmp_path: Path) -> None:
@@ -363,7 +365,8 @@ def test_the_check_sees_the_last_positions(whole: Path, tmp_path: Path) -> None:
         module._save(source.graph, tmp_path)
         graph = tmp_path / "model.onnx"
         onnx.save(portable(onnx.load(graph, load_external_data=False)), graph)
-        return expected.difference(graph, tmp_path / "tokenizer.json", "fp32").logit_error
+        pairs = PairTokenizer(tmp_path / "tokenizer.json", 100)
+        return expected.difference(graph, pairs, "fp32").logit_error
 
     assert error() < 1e-4
     positions = source.graph.graph.initializers["bert.embeddings.position_embeddings.weight"]

@@ -389,6 +389,7 @@ def test_nan_is_an_error_of_its_own_request_only(int8_repository: Path, tmp_path
     current.mkdir()
     tokenizer = int8_repository / "tokenizer" / "1" / "tokenizer.json"
     (current / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (current / "export.json").write_text("{}")
     graph = onnx.parser.parse_model(NAN_BEYOND_40_TOKENS.replace("{nan}", "{0}"))
     constant = next(node for node in graph.graph.node if "not_a_number" in node.output)
     constant.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.float32("nan")))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -17,21 +14,15 @@ import onnx_ir as ir
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedCheckpoint
-from .families import FAMILIES, Reranker
-from .folder import activation, find, one_line, refuse_broken_parts, settings
+from ..stages.tokenizer import Prompt
+from . import layers, prompts
+from .families import Reranker
+from .folder import Saved, find, refuse_broken_parts, saved, settings
 from .frame import Even, Packed, ragged
-from .layers import load
-from .progress import shown
+from .loading import Loaded, family_of, load, telling
 from .quantise import quantise
 from .source import Source
 
@@ -41,10 +32,15 @@ MIN_LENGTH = 64
 ACTIVATIONS = {"Sigmoid": "Sigmoid", "Identity": "Identity"}
 
 
-def source(name: str, precision: str) -> Source:
+def source(name: str, precision: str, instruction: str | None = None) -> Source:
     """Exports a checkpoint at a precision: ``fp32``, ``fp16`` or ``int8``.
 
     Nothing of the checkpoint is run but its weights: no remote code.
+
+    Args:
+        name: a hub id or a folder.
+        precision: of the graph.
+        instruction: the task of a language model, in place of the checkpoint's own.
 
     Raises:
         UnsupportedCheckpoint: it cannot be had, is broken, or is of a kind that is not known here;
@@ -52,20 +48,31 @@ def source(name: str, precision: str) -> Source:
     """
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    # What is missing is told in one line here, not in a table there.
+    transformers.logging.set_verbosity_error()
     folder = find(name)
-    family = _family(settings(folder))
-    activation = _activation(folder)
+    contents, saved_ = settings(folder), saved(folder)
+    family = family_of(contents, saved_)
+    activation = _activation(saved_.activation)
     refuse_broken_parts(folder)
-    tokenizer, model = _loaded(folder, name, family)
-    max_length = _max_length(tokenizer, family.positions(model.config))
+    with telling(f"config.json of {name}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family.refuse(config)
+    with telling(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    _check_tokenizer(tokenizer, folder, family)
+    loaded = load(folder, name, config, family, saved_, tokenizer)
+    max_length = _max_length(tokenizer, family.positions(config), saved_.max_length)
     backend = _backend_tokenizer(tokenizer, max_length)
-    _check_ids(backend, model)
-    read = partial(_read, tokenizer, max_length)
-    token_types = _token_types(tokenizer, backend, model.config)
+    _check_ids(backend, loaded.model)
+    prompt = _prompt(name, tokenizer, family, saved_, instruction)
+    read = partial(_read, tokenizer, max_length, prompt)
+    token_types = not prompt.whole and _token_types(tokenizer, backend, config)
+    _give_weights(loaded, precision)
     return Source(
         name=name,
         graph=ragged(
-            _with_weights(family(model.config), model, precision),
+            loaded.reranker,
             Even if precision == "int8" else Packed,
             token_types,
             activation,
@@ -73,90 +80,22 @@ def source(name: str, precision: str) -> Source:
         ),
         tokenizer=backend,
         max_length=max_length,
+        prompt=prompt,
         read=lambda query, documents: read(query, documents)["input_ids"],
-        reference=_reference(model, read),
+        reference=_reference(tokenizer, loaded, read),
         unknown_id=tokenizer.unk_token_id,
         provenance={
-            "architecture": type(model).__name__,
-            "weights": f"sha256 {_hash(model)}",
+            "architecture": " and ".join(saved_.modules[1:] or config.architectures),
+            "weights": f"sha256 {loaded.weights_hash()}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     )
 
 
-def _loaded(
-    folder: Path, name: str, family: type[Reranker]
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the FP32 model, all of which was in the folder."""
-    # What is missing is told in one line here, not in a table there.
-    transformers.logging.set_verbosity_error()
-    with _telling(f"config.json of {name}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _check_config(config)
-    family.refuse(config)
-    with _telling(f"the tokenizer of {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    _check_tokenizer(tokenizer, folder)
-    with _telling(f"the weights of {name}"):
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # They are refused below, by name.
-        )
-    _check_weights(found, folder, family)
-    return tokenizer, model.eval()
-
-
-@contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Says in one line what a library found wrong while it loaded a part of a checkpoint.
-
-    It may be anything, since these libraries check little. So nothing of ours belongs in here.
-    """
-    try:
-        yield
-    except UnpicklingError as error:
-        raise UnsupportedCheckpoint(
-            f"cannot load {what}: they are pickled, and broken or more than tensors, and no code "
-            "of a checkpoint is run: get them as safetensors"
-        ) from error
-    except Exception as error:
-        raise UnsupportedCheckpoint(
-            f"cannot load {what}: {one_line(error)} ({type(error).__name__})"
-        ) from error
-
-
-def _family(settings: dict[str, Any]) -> type[Reranker]:
-    names = settings.get("architectures") or ["an unnamed architecture"]
-    architecture = " and ".join(map(str, names)) if isinstance(names, list) else str(names)
-    if architecture not in FAMILIES:
-        raise UnsupportedCheckpoint(
-            f"{architecture} is not supported: use one of {', '.join(FAMILIES)}"
-        )
-    needed, family = FAMILIES[architecture]
-    # By it, and by nothing else, transformers knows what to load.
-    told = settings.get("model_type")
-    if told != needed:
-        raise UnsupportedCheckpoint(
-            f'{architecture} needs "model_type": "{needed}" in config.json, which has '
-            f"{told or 'none'}"
-        )
-    return family
-
-
-def _check_config(config: PretrainedConfig) -> None:
-    if config.num_labels != 1:
-        raise UnsupportedCheckpoint(
-            f"the checkpoint has {config.num_labels} labels, and a reranker has 1"
-        )
-    if config.pad_token_id is None:
-        raise UnsupportedCheckpoint("pad_token_id in config.json is null: put the tokenizer's")
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, family: type[Reranker]
+) -> None:
     if not tokenizer.is_fast:
         raise UnsupportedCheckpoint(f"{type(tokenizer).__name__} has no tokenizer.json")
     if tokenizer.pad_token is None:
@@ -169,33 +108,19 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"the tokenizer in {folder} reads special tokens in a text as words "
             "(split_special_tokens), which is not supported"
         )
-    for side in ("truncation_side", "padding_side"):
+    # A language model's padding is at the left, and nothing is read of it.
+    for side in ("truncation_side", "padding_side")[: 2 - family.is_language_model]:
         if getattr(tokenizer, side) != "right":
             raise UnsupportedCheckpoint(
                 f"{side} of the tokenizer in {folder} is left, and only right is supported"
             )
 
 
-def _check_weights(found: dict[str, Any], folder: Path, family: type[Reranker]) -> None:
-    """Refuses weights that transformers made up (at random), or left out."""
-    mismatched = {name for name, *_ in found["mismatched_keys"]}
-    unexpected = {name for name in found["unexpected_keys"] if not family.unused.match(name)}
-    for names, what in (
-        (mismatched, "of another shape than config.json says"),
-        (found["missing_keys"], "missing"),
-        (unexpected, "not of this architecture"),
-    ):
-        if names:
-            first, *others = sorted(names)
-            raise UnsupportedCheckpoint(
-                f"of the weights in {folder}, {first}{f' and {len(others)} more' * bool(others)} "
-                f"are {what}: use a checkpoint that was saved whole"
-            )
-
-
-def _max_length(tokenizer: PreTrainedTokenizerBase, positions: int) -> int:
-    with _telling("model_max_length of the tokenizer"):
-        max_length = min(positions, int(tokenizer.model_max_length))
+def _max_length(
+    tokenizer: PreTrainedTokenizerBase, positions: int, saved_length: int | None
+) -> int:
+    with telling("model_max_length of the tokenizer"):
+        max_length = min(positions, int(saved_length or tokenizer.model_max_length))
     if max_length < MIN_LENGTH:
         raise UnsupportedCheckpoint(
             f"{max_length} tokens, by model_max_length in tokenizer_config.json or "
@@ -212,9 +137,10 @@ def _backend_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> T
     return backend
 
 
-def _check_ids(tokenizer: Tokenizer, model: PreTrainedModel) -> None:
+def _check_ids(tokenizer: Tokenizer, model: Any) -> None:
     """Refuses tokens without an embedding, of which any would fail the request that has it."""
-    rows = model.get_input_embeddings().num_embeddings
+    base = getattr(model, "transformers_model", model)  # The first of a chain.
+    rows = base.get_input_embeddings().num_embeddings
     pair = tokenizer.encode("a", "b")
     ids = tokenizer.get_vocab() | dict(zip(pair.tokens, pair.ids))  # In no vocabulary, some of it.
     beyond = sorted((each for each in ids if ids[each] >= rows), key=ids.__getitem__)
@@ -230,7 +156,8 @@ def _token_types(
 ) -> bool:
     """Whether the document has token type 1; the graph tells it from the query by its place."""
     pair = backend.encode("a", "b")
-    if "token_type_ids" not in tokenizer.model_input_names or not any(pair.type_ids):
+    told = "token_type_ids" in tokenizer.model_input_names and any(pair.type_ids)
+    if not told or not getattr(config, "type_vocab_size", 0):
         return False
     if max(pair.type_ids) >= config.type_vocab_size:
         raise UnsupportedCheckpoint(
@@ -246,9 +173,24 @@ def _token_types(
     return True
 
 
-def _activation(folder: Path) -> str:
+def _prompt(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    family: type[Reranker],
+    saved: Saved,
+    instruction: str | None,
+) -> Prompt:
+    if family.is_language_model:
+        return prompts.find(name, tokenizer, saved, instruction)
+    if instruction:
+        raise UnsupportedCheckpoint(
+            f"{name} takes no --instruction, which is for language models, such as Qwen3-Reranker"
+        )
+    return Prompt(before=saved.instruction or "")
+
+
+def _activation(name: str) -> str:
     """The ONNX operator for the activation that sentence-transformers runs."""
-    name = activation(folder)
     package, _, function = name.rpartition(".")
     # It runs no other package's either, and takes a sigmoid.
     if not package.startswith("torch.") or function not in ACTIVATIONS:
@@ -259,55 +201,54 @@ def _activation(folder: Path) -> str:
     return ACTIVATIONS[function]
 
 
-def _with_weights(family: Reranker, model: PreTrainedModel, precision: str) -> Reranker:
-    """The model as a graph will have it, with the weights of the one that is loaded."""
+def _give_weights(loaded: Loaded, precision: str) -> None:
+    """Gives the graph's model the weights of the publisher's."""
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    weights = dict(model.named_parameters())
+    weights, reranker = loaded.weights, loaded.reranker
     for name, parameter in weights.items():
         # Not left to the check on real pairs: they do not look up every row of the embeddings.
         if not parameter.detach().to(dtype).isfinite().all():
             raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {dtype}")
-    strange = weights.keys() - dict(family.named_parameters()).keys()
-    strange = {name for name in strange if not family.unused.match(name)}
+    strange = weights.keys() - dict(reranker.named_parameters()).keys()
+    strange = {name for name in strange if not reranker.unused.match(name)}
     if strange:
         raise UnsupportedCheckpoint(f"no place is known for {', '.join(sorted(strange))}")
     arrays = {name: parameter.detach().numpy() for name, parameter in weights.items()}
-    load(family, arrays, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
+    layers.load(reranker, arrays, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
     if precision == "int8":
-        quantise(family)
-    return family
+        quantise(reranker)
 
 
 def _read(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    prompt: Prompt,
     query: str,
     documents: list[str],
-    **options: object,
 ) -> Any:
     """Token ids and what goes with them, as the checkpoint's own tokenizer has them."""
-    queries = [query] * len(documents)
-    return tokenizer(queries, documents, truncation="only_second", max_length=max_length, **options)
+    before = prompt.before + query + prompt.between
+    if not prompt.whole:
+        queries = [before] * len(documents)
+        return tokenizer(queries, documents, truncation="only_second", max_length=max_length)
+    # As publishers' code does: in one piece, cut, and only then ended.
+    end = tokenizer(prompt.after, add_special_tokens=False)["input_ids"]
+    texts = [before + prompt.leading + document for document in documents]
+    options = {"truncation": True, "max_length": max_length - len(end)}
+    ids = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+    return {"input_ids": [each + end for each in ids]}
 
 
 def _reference(
-    model: PreTrainedModel, read: Callable[..., Any]
+    tokenizer: PreTrainedTokenizerBase, loaded: Loaded, read: Callable[..., Any]
 ) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:
-    """The checkpoint as transformers runs it: padded, FP32, with its own tokenizer."""
+    """The checkpoint as its publisher runs it: padded, FP32, with its own tokenizer."""
 
     def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
-        encoded = read(query, documents, padding=True, return_tensors="pt")
-        with _telling("and run the model"), torch.inference_mode():
-            values: npt.NDArray[np.float32] = model(**encoded).logits[:, 0].numpy()
+        encoded = read(query, documents)
+        with telling("and run the model"), torch.inference_mode():
+            batch = tokenizer.pad(encoded, return_tensors="pt")
+            values: npt.NDArray[np.float32] = loaded.logits(batch).numpy()
         return values
 
     return logits
-
-
-def _hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the weights by name, whatever file they came in."""
-    digest = hashlib.sha256()
-    for name, tensor in shown(sorted(model.state_dict().items()), "Hashing"):
-        digest.update(name.encode())
-        digest.update(tensor.float().numpy().tobytes())
-    return digest.hexdigest()

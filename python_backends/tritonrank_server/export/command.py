@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import ExportRefused, UnsupportedCheckpoint
+from ..stages.tokenizer import PairTokenizer
 from ..wheels import WheelError
 from . import default_model, reading
 from .compare import LIMITS, Expected, refuse_beyond_limits
@@ -31,15 +32,18 @@ from .source import Source
 GRAPH, WEIGHTS, TOKENIZER = "model.onnx", "model.onnx.data", "tokenizer.json"
 #: Weights begin where a page does, so that they can be mapped from the file.
 PAGE = 4096
+#: Of a request of the check.
+MOST_DOCUMENTS = 100
 
 
-def export(model: str, precision: str, repository: Path) -> Path:
+def export(model: str, precision: str, repository: Path, instruction: str | None = None) -> Path:
     """Exports a checkpoint, checks it, and publishes it; what was published before stays till then.
 
     Args:
         model: a hub id, a local folder, or ``default``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         repository: the model repository.
+        instruction: the task of a language model, in place of the checkpoint's own.
 
     Returns:
         The published folder.
@@ -52,12 +56,12 @@ def export(model: str, precision: str, repository: Path) -> Path:
     """
     with staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
-        card, expected = _written(model, precision, folder)
+        card, pairs, expected = _written(model, precision, folder, instruction)
         gc.collect()  # The nodes of a graph refer to each other, and to the weights.
         _say("Comparing it with FP32 …")
         runnable = folder / "portable.onnx"  # There is no GPU here.
         onnx.save(portable(onnx.load(folder / GRAPH, load_external_data=False)), runnable)
-        difference = expected.difference(runnable, folder / TOKENIZER, precision)
+        difference = expected.difference(runnable, pairs, precision)
         refuse_beyond_limits(difference, precision)
         if precision == "fp32":  # It is for any processor.
             runnable.replace(folder / GRAPH)
@@ -75,14 +79,17 @@ def export(model: str, precision: str, repository: Path) -> Path:
     return published
 
 
-def _written(model: str, precision: str, folder: Path) -> tuple[dict[str, Any], Expected]:
-    """Writes what a server needs; gives its card, and what the graph is to be compared with.
+def _written(
+    model: str, precision: str, folder: Path, instruction: str | None
+) -> tuple[dict[str, Any], PairTokenizer, Expected]:
+    """Writes what a server needs; gives its card, and what the check needs.
 
     After it the checkpoint's own model is gone: with the graph's session there would be two.
     """
-    source = _source(model, precision, folder)
+    source = _source(model, precision, folder, instruction)
     source.tokenizer.save(str(folder / TOKENIZER))
-    reading.check(folder / TOKENIZER, source)
+    pairs = PairTokenizer(folder / TOKENIZER, MOST_DOCUMENTS, source.prompt)
+    reading.check(pairs, source)
     _say("Running the checkpoint's own model on the sample …")
     expected = Expected.of(source)
     _save(source.graph, folder)
@@ -91,10 +98,11 @@ def _written(model: str, precision: str, folder: Path) -> tuple[dict[str, Any], 
         "checkpoint": source.name,
         "precision": precision,
         "max_length": source.max_length,
+        "prompt": asdict(source.prompt),
         **source.provenance,
         **{name: version(name) for name in libraries},
     }
-    return card, expected
+    return card, pairs, expected
 
 
 def _save(graph: ir.Model, folder: Path) -> None:
@@ -111,14 +119,14 @@ def _save(graph: ir.Model, folder: Path) -> None:
         )
 
 
-def _source(model: str, precision: str, staging: Path) -> Source:
-    if model == "default" and precision == "int8":
+def _source(model: str, precision: str, staging: Path, instruction: str | None) -> Source:
+    if model == "default" and precision == "int8" and not instruction:
         return default_model.int8_source()
     # Only here, so that the default model needs neither torch nor transformers.
     from . import checkpoint
 
     if model != "default":
-        return checkpoint.source(model, precision)
+        return checkpoint.source(model, precision, instruction)
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         default_model.write_checkpoint(Path(folder))
         source = checkpoint.source(folder, precision)
@@ -141,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--precision", choices=LIMITS, default="int8", help="int8 for a CPU, fp16 for a GPU"
     )
+    parser.add_argument(
+        "--instruction", help="the task of a language model, in place of the checkpoint's own"
+    )
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
     arguments = parser.parse_args(argv)
     models = arguments.model_repository / "cross_encoder"
@@ -157,7 +168,12 @@ def main(argv: list[str] | None = None) -> int:
 
     handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        export(arguments.model, arguments.precision, arguments.model_repository)
+        export(
+            arguments.model,
+            arguments.precision,
+            arguments.model_repository,
+            arguments.instruction,
+        )
     except (WheelError, ExportRefused, UnsupportedCheckpoint, OSError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)  # The last: no space, no permission.
         return 1

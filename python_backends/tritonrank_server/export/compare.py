@@ -93,14 +93,12 @@ class Expected:
         logits = [source.reference(each["query"], each["documents"]) for each in bars]
         return cls(requests, logits)
 
-    def difference(self, graph: Path, tokenizer: Path, precision: str) -> Difference:
+    def difference(self, graph: Path, pairs: PairTokenizer, precision: str) -> Difference:
         """How far an exported graph is from it, one that any processor runs.
 
         Raises:
             ExportRefused: the graph gives NaN or infinity.
         """
-        documents = max(len(each["documents"]) for each in self.requests)
-        pairs = PairTokenizer(tokenizer, documents)
         actual = _logits(Pipeline(pairs, CrossEncoder(graph)), self.requests)
         every, alone = np.concatenate(self.logits), np.concatenate(actual)
         spread, error = float(np.ptp(every)), float(np.abs(every - alone).max())

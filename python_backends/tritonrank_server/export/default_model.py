@@ -23,6 +23,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
+from ..stages.tokenizer import NO_PROMPT
 from ..wheels import Wheel, fetch
 from .families.bert import BertForSequenceClassification
 from .frame import Even, ragged
@@ -86,6 +87,7 @@ def int8_source() -> Source:
         graph=ragged(model, Even, True, ACTIVATION, MAX_LENGTH),
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
+        prompt=NO_PROMPT,
         read=partial(_read, tokenizer),
         reference=_fp32_logits(tokenizer),
         unknown_id=tokenizer.token_to_id("[UNK]"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UnsupportedCheckpoint
 
-#: What of a hub repository is read, all of it from its top folder.
+#: What of a hub repository is read, from its top folder and from those of modules.
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 PICKLED = ["pytorch_model*.bin"]
 #: What peft keeps beside a model. transformers adds it to the weights if peft is installed.
@@ -31,10 +32,12 @@ SAVED = "config_sentence_transformers.json"
 #: What it keeps of a module, and what of that changes what the model reads, or how it runs.
 OPTIONS = "sentence_bert_config.json"
 CHANGES = (
-    *("max_seq_length", "do_lower_case", "processing_kwargs", "processor_kwargs", "tokenizer_args"),
+    *("do_lower_case", "processor_kwargs", "tokenizer_args"),
     *("config_kwargs", "config_args", "model_kwargs", "model_args"),
 )
-OWN_MODULE = re.compile(r"sentence_transformers\.([a-z_]+\.)*Transformer")
+OWN_MODULE = re.compile(r"sentence_transformers\.([a-z_]+\.)*[A-Z]\w+")
+#: Where the modules after the first are kept: 1_Pooling, 2_Dense.
+FOLDERS = "[0-9]*_*"
 
 
 def find(name: str) -> Path:
@@ -62,7 +65,7 @@ def find(name: str) -> Path:
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
-    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="[!0-9]*/*"))
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def refuse_broken_parts(folder: Path) -> None:
             f"{folder} has no tokenizer: it needs {', or '.join(map(' and '.join, TOKENIZERS))}"
         )
     _read(folder / "tokenizer.json")
-    for path in folder.glob("*.safetensors"):
+    for path in [*folder.glob("*.safetensors"), *folder.glob(f"{FOLDERS}/*.safetensors")]:
         try:
             with safe_open(path, "np"):
                 pass
@@ -116,7 +119,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_pointers(folder: Path) -> None:
-    for path in filter(Path.is_file, folder.iterdir()):
+    for path in filter(Path.is_file, [*folder.iterdir(), *folder.glob(f"{FOLDERS}/*")]):
         with path.open("rb") as file:
             if file.read(len(GIT_LFS)) == GIT_LFS:
                 raise UnsupportedCheckpoint(
@@ -124,45 +127,90 @@ def _refuse_pointers(folder: Path) -> None:
                 )
 
 
-def activation(folder: Path) -> str:
-    """The activation that sentence-transformers runs, by its full name in Python.
+@dataclass(frozen=True)
+class Saved:
+    """What sentence-transformers keeps beside a model, and what changes a score by it.
 
-    It is named in ``config_sentence_transformers.json`` since 5.4, else in ``config.json``, since
-    4.0 under ``sentence_transformers``. Where none is named, it is a sigmoid.
+    Attributes:
+        activation: by its full name in Python; of one label, a sigmoid where none is named.
+        modules: names of their classes; empty where none are kept.
+        answers: ids of the tokens that a language model answers with, yes and no.
+        instruction: the default prompt.
+        template_options: of the tokenizer's chat template.
+        max_length: the most tokens of a pair.
+    """
+
+    activation: str
+    modules: list[str]
+    answers: tuple[int, int] | None
+    instruction: str | None
+    template_options: dict[str, Any]
+    max_length: int | None
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether there is more than one module, and the score is not of the first."""
+        return len(self.modules) > 1 and not self.answers
+
+
+def saved(folder: Path) -> Saved:
+    """What sentence-transformers keeps in a folder.
+
+    The activation is named in ``config_sentence_transformers.json`` since 5.4, else in
+    ``config.json``, since 4.0 under ``sentence_transformers``.
 
     Raises:
-        UnsupportedCheckpoint: sentence-transformers would run more than the model on the texts.
+        UnsupportedCheckpoint: sentence-transformers would run something that is not known here.
     """
-    config, saved = (_read(folder / name) for name in ("config.json", SAVED))
+    config, kept, options = (_read(folder / name) for name in ("config.json", SAVED, OPTIONS))
     modules = _read(folder / "modules.json", list)
     try:
-        types = [each["type"] for each in modules]
-        whole = len(types) < 2 and all(OWN_MODULE.fullmatch(str(each)) for each in types)
-        whole = whole and not any(each.get("path") for each in modules)
+        types = [str(each["type"]) for each in modules]
+        paths = [str(each.get("path", "")) for each in modules]
         older = config.get("sbert_ce_default_activation_function")
-        kept = (config.get("sentence_transformers") or {}).get("activation_fn", older)
-    except (AttributeError, KeyError, TypeError) as error:
+        own = (config.get("sentence_transformers") or {}).get("activation_fn", older)
+        prompts, default = kept.get("prompts") or {}, kept.get("default_prompt_name")
+        instruction = prompts[default] if default else None
+        processing = dict(options.get("processing_kwargs") or {})
+        template_options = dict(processing.pop("chat_template", None) or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedCheckpoint(
-            f"config.json or modules.json in {folder} is not as sentence-transformers writes it"
+            f"config.json, {SAVED}, {OPTIONS} or modules.json in {folder} is not as "
+            "sentence-transformers writes it"
         ) from error
-    if not whole:
-        named = " and ".join(map(str, types))
+    if modules and (paths[0] or not all(map(OWN_MODULE.fullmatch, types))):
         raise UnsupportedCheckpoint(
-            f"{folder / 'modules.json'} names {named}: only a Transformer of "
-            "sentence-transformers, it alone and in the top folder, is supported"
+            f"{folder / 'modules.json'} names {' and '.join(types)}: only modules of "
+            "sentence-transformers are supported, the first one in the top folder"
         )
-    changes = [name for name in CHANGES if _read(folder / OPTIONS).get(name)]
+    names = [each.rpartition(".")[2] for each in types]
+    changes = [name for name in CHANGES if options.get(name)] + ["processing_kwargs"] * bool(
+        processing
+    )
     if changes:
         raise UnsupportedCheckpoint(
             f"{folder / OPTIONS} has {', '.join(changes)}, which is not supported: keep it where "
             "transformers reads it, in config.json or tokenizer_config.json"
         )
-    if saved.get("default_prompt_name"):
+    template_options.pop("restore_suffix", None)  # The end of a prompt is never cut.
+    return Saved(
+        activation=str(kept.get("activation_fn") or own or "torch.nn.Sigmoid"),
+        modules=names,
+        answers=_answers(folder / paths[1]) if names[1:] == ["LogitScore"] else None,
+        instruction=instruction,
+        template_options=template_options,
+        max_length=options.get("max_seq_length"),
+    )
+
+
+def _answers(folder: Path) -> tuple[int, int]:
+    config = _read(folder / "config.json")
+    answers = config.get("true_token_id"), config.get("false_token_id")
+    if not all(isinstance(each, int) for each in answers):
         raise UnsupportedCheckpoint(
-            f"{folder / SAVED} has default_prompt_name {saved['default_prompt_name']}: prompts are "
-            "not supported"
+            f"{folder / 'config.json'} has not both true_token_id and false_token_id"
         )
-    return str(saved.get("activation_fn") or kept or "torch.nn.Sigmoid")
+    return answers
 
 
 def _read(path: Path, kind: type = dict) -> Any:

@@ -53,6 +53,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "relu": lambda op, states: op.Relu(states),
     **dict.fromkeys(("silu", "swish"), _silu),
+    "sigmoid": lambda op, states: op.Sigmoid(states),
     "tanh": lambda op, states: op.Tanh(states),
 }
 

@@ -9,12 +9,11 @@ counts, at any precision. (Of longer queries only the contract says what is read
 from __future__ import annotations
 
 from bisect import bisect_left
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ..errors import ExportRefused
-from ..stages.tokenizer import QUERY_SHARE, PairTokenizer
+from ..stages.tokenizer import PairTokenizer
 from .source import Source
 
 #: One sentence a script.
@@ -32,24 +31,26 @@ SCRIPTS = (
     "El naïve café 🗻 costó 3,776 ¥ — ¿sí?",
 )
 
+#: Where a document begins and ends, the words of what stands around it may go on.
+EDGES = ("", " {}", "\n{}", "  {} ", "?! {}\n", "'s {}", "\u0301{}", "3{}")
 
-def check(path: Path, source: Source) -> None:
-    """Compares ``tokenizer.json`` of an export with what its source reads.
+
+def check(pairs: PairTokenizer, source: Source) -> None:
+    """Compares the tokenizer of an export with what its source reads.
 
     Raises:
         ExportRefused: it knows hardly a word of any script, or reads other tokens.
     """
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    _refuse_the_unknown(tokenizer, source.unknown_id)
-    pairs = PairTokenizer(path, len(SCRIPTS))
+    _refuse_the_unknown(source.tokenizer, source.unknown_id)
     for i, script in enumerate(SCRIPTS):
-        text = longer_than(source.max_length, [*SCRIPTS[i:], *SCRIPTS[:i]], tokenizer)
-        for most in (script[:9], text):
-            query = _longest_query(most, source.max_length, tokenizer)
-            [tokens] = pairs.encode([pairs.read(query.encode(), [script.encode(), text.encode()])])
+        text = longer_than(source.max_length, [*SCRIPTS[i:], *SCRIPTS[:i]], source.tokenizer)
+        documents = [script, text, *(edge.format(script) for edge in EDGES)]
+        for most in (script[:9], f"{script[:9]}?", text):
+            query = _longest_query(most, pairs)
+            texts = [document.encode() for document in documents]
+            [tokens] = pairs.encode([pairs.read(query.encode(), texts)])
             read = [each.input_ids[0].tolist() for each in tokens.documents()]
-            if read != source.read(query, [script, text]):
+            if read != source.read(query, documents):
                 raise ExportRefused(
                     f"of {script[:40]!r}, short or longer than the model's {source.max_length} "
                     "tokens, the checkpoint's own tokenizer reads other tokens than a server "
@@ -64,7 +65,7 @@ def _refuse_the_unknown(tokenizer: Tokenizer, unknown_id: int | None) -> None:
     """
     known = []
     for script in SCRIPTS:
-        ids = tokenizer.encode(script, add_special_tokens=False).ids
+        ids = tokenizer.encode("", script, add_special_tokens=False).ids
         known.append(sum(each != unknown_id for each in ids) / max(len(ids), 1))
     if max(known) < 0.5:
         raise ExportRefused(
@@ -81,11 +82,7 @@ def longer_than(length: int, texts: list[str], tokenizer: Tokenizer) -> str:
     return " ".join([once] * (length // max(tokens, 1) + 1))
 
 
-def _longest_query(text: str, max_length: int, tokenizer: Tokenizer) -> str:
+def _longest_query(text: str, pairs: PairTokenizer) -> str:
     """The most of a text, less than all, that has no more tokens than a query may have."""
-    room = int(QUERY_SHARE * max_length) - tokenizer.num_special_tokens_to_add(is_pair=True)
-
-    def too_long(end: int) -> bool:
-        return len(tokenizer.encode(text[:end], add_special_tokens=False)) > room
-
-    return text[: bisect_left(range(len(text)), True, key=too_long) - 1]
+    ends = range(len(text))
+    return text[: bisect_left(ends, True, key=lambda end: pairs.is_cut(text[:end])) - 1]

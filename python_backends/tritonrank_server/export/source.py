@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from tokenizers import Tokenizer
 
+from ..stages.tokenizer import Prompt
+
 
 @dataclass(frozen=True)
 class Source:
@@ -21,6 +23,7 @@ class Source:
             written.
         tokenizer: with truncation at the model's max length, and without padding.
         max_length: the most tokens of a pair.
+        prompt: what the model reads besides.
         read: query and documents → N lists of ids, as the checkpoint's own tokenizer has them.
         reference: query and documents → FP32 [N], the logits of the checkpoint's own FP32 model.
         unknown_id: what stands for a word that the tokenizer does not know, where it has such.
@@ -31,6 +34,7 @@ class Source:
     graph: ir.Model
     tokenizer: Tokenizer
     max_length: int
+    prompt: Prompt
     read: Callable[[str, list[str]], list[list[int]]]
     reference: Callable[[str, list[str]], npt.NDArray[np.float32]]
     unknown_id: int | None

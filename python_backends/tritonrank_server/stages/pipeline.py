@@ -21,7 +21,7 @@ class Pipeline:
     @classmethod
     def of(cls, folder: Path, max_documents: int) -> Pipeline:
         """That of an export's folder."""
-        tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents)
+        tokenizer = PairTokenizer.of(folder, max_documents)
         return cls(tokenizer, CrossEncoder(folder / "model.onnx"))
 
     def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> Ranking:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
 import numpy as np
@@ -81,6 +83,27 @@ class Pairs:
     documents: list[str]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads around a query and a document.
+
+    A query is read in one piece with what stands ``before`` and ``between``, a document with what
+    is ``leading`` to it: so these must end where the tokenizer ends a word whatever follows.
+
+    Attributes:
+        whole: whether this is all. Else it stands inside the tokenizer's own special tokens.
+    """
+
+    before: str = ""
+    between: str = ""
+    leading: str = ""
+    after: str = ""
+    whole: bool = False
+
+
+NO_PROMPT = Prompt()
+
+
 class PairTokenizer:
     """Encodes query–document pairs as the checkpoint's own tokenizer does, but each query once.
 
@@ -92,12 +115,13 @@ class PairTokenizer:
     Args:
         path: ``tokenizer.json`` of an export, with truncation set to the model's max length.
         max_documents: the most documents that a request may have.
+        prompt: what the model reads besides.
 
     Attributes:
         max_length: positions of the model.
     """
 
-    def __init__(self, path: Path, max_documents: int) -> None:
+    def __init__(self, path: Path, max_documents: int, prompt: Prompt = NO_PROMPT) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
         truncation = self._tokenizer.truncation
         if truncation is None:
@@ -105,9 +129,16 @@ class PairTokenizer:
         self.max_length: int = truncation["max_length"]
         self._max_documents = max_documents
         self._max_characters = CHARACTERS_PER_POSITION * self.max_length
-        self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer)
+        self._prompt = prompt
+        self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer, prompt)
         # One token more than fits, so that a query that is too long shows.
         self._tokenizer.enable_truncation(self.max_length + 1)
+
+    @classmethod
+    def of(cls, folder: Path, max_documents: int) -> PairTokenizer:
+        """That of an export's folder."""
+        card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        return cls(folder / "tokenizer.json", max_documents, Prompt(**card.get("prompt", {})))
 
     def read(self, query: bytes, documents: Sequence[bytes]) -> Pairs:
         """Checks one request, and encodes its query.
@@ -129,7 +160,8 @@ class PairTokenizer:
 
     def encode(self, batch: Sequence[Pairs]) -> list[Tokens]:
         """Encodes the documents of several requests in one call; one result a request."""
-        texts = [text for pairs in batch for text in pairs.documents]
+        leading = self._prompt.leading
+        texts = [leading + text for pairs in batch for text in pairs.documents]
         encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         return [
             self._assemble(pairs.query_ids, [next(encodings).ids for _ in pairs.documents])
@@ -144,14 +176,30 @@ class PairTokenizer:
                 f"QUERY has {len(query)} characters, and {self._max_characters} are read at most: "
                 "shorten it"
             )
-        ids = self._tokenizer.encode(query, add_special_tokens=False).ids
+        encoding = self._encode(query)
+        ids = encoding.ids
         if len(ids) > self.max_length:
             raise InvalidInput(
                 f"QUERY has more tokens than the model has positions, {self.max_length}: "
                 "shorten it, or send the long text as a document"
             )
-        share = int(QUERY_SHARE * self.max_length) - len(self._prefix) - len(self._middle)
-        return np.array([*self._prefix, *ids[:share], *self._middle], np.int32)
+        if len(ids) > self._share:
+            end = len(self._prompt.before) + len(query)
+            last = len(ids) - sum(start >= end for start, _ in encoding.offsets)
+            ids = [*ids[: self._share - len(ids) + last], *ids[last:]]
+        return np.array([*self._prefix, *ids, *self._middle], np.int32)
+
+    def is_cut(self, query: str) -> bool:
+        """Whether a query has more tokens than its share."""
+        return len(self._encode(query)) > self._share
+
+    def _encode(self, query: str) -> Any:
+        text = self._prompt.before + query + self._prompt.between
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def _share(self) -> int:
+        return int(QUERY_SHARE * self.max_length) - len(self._prefix) - len(self._middle)
 
     def _assemble(self, query_ids: Int32, documents: list[list[int]]) -> Tokens:
         room = self.max_length - len(query_ids) - len(self._suffix)
@@ -186,11 +234,13 @@ def _decode(text: bytes, name: str) -> str:
         ) from None
 
 
-def _pair_template(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+def _pair_template(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:
     """Special tokens before the query, between it and the document, and after the document.
 
     Read off an encoded pair, since the post-processors of the model families differ in form.
     """
+    if prompt.whole:
+        return [], [], tokenizer.encode(prompt.after, add_special_tokens=False).ids
     pair = tokenizer.encode("a", "b")
     sequence = pair.sequence_ids
     query = [i for i, which in enumerate(sequence) if which == 0]

@@ -165,8 +165,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
     def load(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         most = {name: int(value["string_value"]) for name, value in parameters.items()}
-        path = _version_folder(args) / "tokenizer.json"
-        self._tokenizer = PairTokenizer(path, most["max_documents"])
+        self._tokenizer = PairTokenizer.of(_version_folder(args), most["max_documents"])
         waiting = Size(math.inf, most["max_waiting_documents"], most["max_waiting_bytes"])
         self._ledger = _ledger(waiting)
         self._documents = _Counter("documents", "Documents of valid requests")

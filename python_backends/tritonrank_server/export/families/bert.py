@@ -127,7 +127,7 @@ class Pooler(nn.Module):
 
 
 class BertModel(nn.Module):
-    """ids → hidden states [rows, H], or of the rows that ``pool`` gives."""
+    """ids → hidden states [rows, H], or of the rows that ``pool`` picks."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from ...errors import UnsupportedCheckpoint
-from ..frame import Frame
+from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS, Embedding, LayerNorm, Linear, microsoft
 from .bert import Intermediate, Output
 from .family import Reranker, refuse_activation
@@ -203,15 +203,16 @@ class Encoder(nn.Module):
 
 
 class DebertaV2Model(nn.Module):
-    """ids → hidden states [rows, H]."""
+    """ids → hidden states [rows, H], or of the rows that ``pool`` picks."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
-    def forward(self, op: OpBuilder, frame: Frame) -> ir.Value:
-        return self.encoder(op, self.embeddings(op, frame), frame)
+    def forward(self, op: OpBuilder, frame: Frame, pool: Pool | None = None) -> ir.Value:
+        states = self.encoder(op, self.embeddings(op, frame), frame)
+        return pool(states) if pool else states
 
 
 class ContextPooler(nn.Module):
@@ -234,7 +235,7 @@ class DebertaV2ForSequenceClassification(Reranker):
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
     def forward(self, op: OpBuilder, frame: Frame) -> ir.Value:
-        first = frame.first(self.deberta(op, frame))
+        first = self.deberta(op, frame, frame.first)
         return self.classifier(op, self.pooler(op, first))
 
     @classmethod

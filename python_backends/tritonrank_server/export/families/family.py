@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -21,9 +21,11 @@ class Reranker(nn.Module):
 
     Attributes:
         unused: names of weights that the checkpoint may have and no logit depends on.
+        is_language_model: whether it is made a reranker by what it reads besides.
     """
 
-    unused: ClassVar[re.Pattern[str]] = re.compile("(?!)")
+    unused: re.Pattern[str] = re.compile("(?!)")
+    is_language_model = False
 
     def forward(self, op: OpBuilder, frame: Frame) -> ir.Value:
         """The labels of N documents, [.., labels]."""
@@ -43,6 +45,21 @@ class Reranker(nn.Module):
             UnsupportedCheckpoint: it names what.
         """
         refuse_activation("hidden_act", config.hidden_act)
+
+
+class LabelDifference(Reranker):
+    """Of a model with two labels, that of relevance less the other: the logit of their softmax."""
+
+    def __init__(self, model: Reranker, relevant: int) -> None:
+        super().__init__()
+        self.model = model
+        self.unused = re.compile(rf"model\.({model.unused.pattern})")
+        self._relevant = relevant
+
+    def forward(self, op: OpBuilder, frame: Frame) -> ir.Value:
+        labels = op.Cast(op.Reshape(self.model(op, frame), [-1, 2]), to=ir.DataType.FLOAT)
+        this, other = (op.Gather(labels, [i], axis=1) for i in (self._relevant, 1 - self._relevant))
+        return op.Sub(this, other)
 
 
 def refuse_activation(name: str, activation: str) -> None:

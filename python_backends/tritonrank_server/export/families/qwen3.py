@@ -90,6 +90,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForSequenceClassification(Reranker):
     """Also the originals, with the row of "yes" less that of "no" for ``score``."""
 
+    is_language_model = True
     #: The publisher's, far below what the positions allow.
     longest = 8192
 
