@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -32,9 +33,6 @@ from .tokenizer import Pairs, PairTokenizer, Tokens
 # Stubs of the embedded server may be older than this NumPy.
 if numpy2.SWITCH in os.environ:
     numpy2.mend()
-
-#: Of a request's only answer.
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
@@ -160,9 +158,11 @@ class _Counter:
             kind=pb_utils.MetricFamily.COUNTER,
         )
         self._metric = self._family.Metric(labels=labels)
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        self._metric.increment(count)
+        with self._lock:  # Triton's own counts by one thread at a time, else it crashes.
+            self._metric.increment(count)
 
 
 class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
@@ -248,7 +248,8 @@ class CrossEncoderModel(_Stage[Work, Any]):
 
     def _answer(self, requests: Sequence[Any], results: Sequence[Any]) -> None:
         for request, result in zip(requests, results):
-            send = partial(request.get_response_sender().send, flags=FINAL)
+            sender = request.get_response_sender()
+            send = partial(sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             _attempt(send, self._finish(request, result))
 
     def _finish(self, request: Any, result: Any) -> Any:
