@@ -6,6 +6,7 @@ Runtime backend runs the same graph, and this file is not used.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ class CrossEncoder:
         with TemporaryDirectory(prefix="tritonrank-", dir=_disk()) as folder:
             packed = _packed(graph, Path(folder))
             self._narrow, self._wide = _session(packed, 1), _session(packed, threads)
+        # Else glibc keeps what was freed since, up to the size of the graph.
+        ctypes.CDLL(None).malloc_trim(0)
         self._pool = ThreadPoolExecutor(threads)
         self._bulk_pool = ThreadPoolExecutor(threads, initializer=_yield_to_others)
 
