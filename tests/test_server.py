@@ -632,8 +632,9 @@ def test_both_scorers_keep_one_contract() -> None:
     assert production == cpu
 
 
-def test_the_tokenizer_differs_by_its_instances_alone() -> None:
-    production, cpu = config("tokenizer/config.pbtxt"), config("tokenizer/configs/cpu.pbtxt")
+@pytest.mark.parametrize("model", ["tokenizer", "sorter"])
+def test_on_a_cpu_a_stage_differs_by_its_instances_alone(model: str) -> None:
+    production, cpu = config(f"{model}/config.pbtxt"), config(f"{model}/configs/cpu.pbtxt")
     assert production.instance_group[0].count > cpu.instance_group[0].count == 1
     for each in (production, cpu):
         each.ClearField("instance_group")

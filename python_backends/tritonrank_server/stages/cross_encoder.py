@@ -94,7 +94,7 @@ class CrossEncoder:
         threads = threads or len(os.sched_getaffinity(0))
         with TemporaryDirectory(prefix="tritonrank-", dir=_disk()) as folder:
             packed = _packed(graph, Path(folder))
-            self._narrow, self._wide = _session(packed, 1), _session(packed, threads)
+            self._narrow, self._wide = _sessions(packed, 1, threads)
         # Else glibc keeps what was freed since, up to the size of the graph.
         ctypes.CDLL(None).malloc_trim(0)
         self._pool = ThreadPoolExecutor(threads)
@@ -186,13 +186,21 @@ def _packed(graph: Path, folder: Path) -> Path:
     return folder / graph.name
 
 
-def _session(packed: Path, threads: int) -> Any:
+def _sessions(packed: Path, *threads: int) -> list[Any]:
+    """One for each number of threads; all compute in one arena of this process."""
     import onnxruntime as ort
 
-    options = _options(threads)
-    # Done already.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(packed, options, providers=["CPUExecutionProvider"])
+    where = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(where, ort.OrtArenaCfg({}))
+    every = [_options(each) for each in threads]
+    for options in every:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Done already.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = ["CPUExecutionProvider"]
+    return [ort.InferenceSession(packed, options, providers=providers) for options in every]
 
 
 def _options(threads: int) -> Any:
