@@ -118,18 +118,18 @@ def test_others_may_begin_before_the_last_document_is_done(
         return session.run(*arguments)
 
     monkeypatch.setattr(encoder, "_narrow", SimpleNamespace(run=run))
-    [tokens] = tokenizer.encode([tokenizer.read(b"tea", [b"green tea", b"a"])])
+    [tokens] = tokenizer.encode([tokenizer.read(b"tea", [b"green tea", b"a cup", b"a"])])
     with ThreadPoolExecutor(1) as pool:
         beginning = pool.submit(encoder.begin, [Work(tokens)])
         with pytest.raises(TimeoutError):
-            beginning.result(timeout=0.2)  # The second waits for the only core.
+            beginning.result(timeout=0.2)  # Two wait for the only core.
         turns.release()
         [scoring] = beginning.result(timeout=10)
-        assert not scoring.documents[1].done()
-        turns.release()
+        assert not scoring.documents[2].done()
+        turns.release(2)
         result = scoring.result()
     assert result is not None
-    assert result.logits.shape == (2,)
+    assert result.logits.shape == (3,)
 
 
 def test_no_room_for_the_weights(int8_repository: Path) -> None:

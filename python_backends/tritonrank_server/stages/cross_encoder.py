@@ -57,7 +57,7 @@ class Relevance:
 
 @dataclass(frozen=True)
 class Scoring:
-    """A request whose documents have begun, a future each of its logit and score."""
+    """A request whose documents are under way, a future each of its logit and score."""
 
     work: Work
     documents: Sequence[Future[tuple[float, float] | None]]
@@ -97,6 +97,7 @@ class CrossEncoder:
             self._narrow, self._wide = _sessions(packed, 1, threads)
         # Else glibc keeps what was freed since, up to the size of the graph.
         ctypes.CDLL(None).malloc_trim(0)
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._bulk_pool = ThreadPoolExecutor(threads, initializer=_yield_to_others)
 
@@ -110,7 +111,7 @@ class CrossEncoder:
         return [scoring.result() for scoring in self.begin(batch)]
 
     def begin(self, batch: Sequence[Work]) -> list[Scoring]:
-        """The same, but returns as soon as no document waits for a core any more."""
+        """The same, but returns when no more of its documents wait than there are cores."""
         documents = [(work, each) for work in batch for each in work.tokens.documents()]
         session = self._wide if is_lone(batch) else self._narrow
         begun = threading.Semaphore(0)
@@ -120,7 +121,7 @@ class CrossEncoder:
         for i in order:
             pool = self._bulk_pool if documents[i][0].bulk else self._pool
             futures[i] = pool.submit(_run, session, begun, *documents[i])
-        for _ in order:
+        for _ in order[: -self._threads]:
             begun.acquire()
         found = iter(futures[i] for i in range(len(documents)))
         return [Scoring(work, list(islice(found, len(work.tokens.lengths)))) for work in batch]

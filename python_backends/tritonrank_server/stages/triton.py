@@ -210,9 +210,9 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
 class CrossEncoderModel(_Stage[Work, Any]):
     """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1].
 
-    Triton hands over a batch when ``execute`` has returned from the one before. It does so as the
-    last document begins, and another thread waits for the documents and answers: so the cores stay
-    busy, and one process is enough.
+    Triton hands over a batch when ``execute`` has returned from the one before. It does so while
+    the last documents wait, one a core, and another thread awaits them and answers: so the cores
+    stay busy, and one process is enough.
     """
 
     def load(self, args: dict[str, str]) -> None:
