@@ -220,20 +220,20 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     ),
     "options of the module": (
         "bert",
-        write("sentence_bert_config.json", '{"max_seq_length": 16}'),
-        "has max_seq_length, which is not supported",
+        write("sentence_bert_config.json", '{"do_lower_case": true}'),
+        "has do_lower_case, which is not supported",
     ),
     "a module elsewhere": (
         "bert",
         write("modules.json", MODULE_ELSEWHERE),
-        "only a Transformer of .* in the top folder",
+        "only modules of sentence-transformers .* in the top folder",
     ),
-    "more modules": ("bert", write("modules.json", TWO_MODULES), "only a Transformer of"),
+    "more modules": ("bert", write("modules.json", TWO_MODULES), "1_Pooling"),
     "no modules": ("bert", write("modules.json", '["a"]'), "not as sentence-transformers writes"),
     "prompt": (
         "bert",
         write("config_sentence_transformers.json", '{"default_prompt_name": "q"}'),
-        "prompts are not supported",
+        "not as sentence-transformers writes",
     ),
     "another's activation": (
         "bert",

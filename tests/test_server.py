@@ -633,6 +633,15 @@ def test_both_scorers_keep_one_contract() -> None:
     assert production == cpu
 
 
+@pytest.mark.parametrize("model", ["tokenizer", "sorter"])
+def test_on_a_cpu_a_stage_differs_by_its_instances_alone(model: str) -> None:
+    production, cpu = config(f"{model}/config.pbtxt"), config(f"{model}/configs/cpu.pbtxt")
+    assert production.instance_group[0].count > cpu.instance_group[0].count == 1
+    for each in (production, cpu):
+        each.ClearField("instance_group")
+    assert production == cpu
+
+
 def test_the_limits_agree() -> None:
     max_documents = config("tokenizer/config.pbtxt").parameters["max_documents"].string_value
     assert config("cross_encoder/config.pbtxt").max_batch_size == int(max_documents)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -103,6 +105,42 @@ def test_bulk_yields_the_cores(
     assert bulk is not None
     assert expected is not None
     assert bulk.logits.tolist() == expected.logits.tolist()
+
+
+def test_others_may_begin_before_the_last_document_is_done(
+    int8_repository: Path, tokenizer: PairTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = CrossEncoder(int8_repository / "cross_encoder" / "1" / "model.onnx", threads=1)
+    session, turns = encoder._narrow, threading.Semaphore(0)
+
+    def run(*arguments: Any) -> Any:
+        turns.acquire()
+        return session.run(*arguments)
+
+    monkeypatch.setattr(encoder, "_narrow", SimpleNamespace(run=run))
+    [tokens] = tokenizer.encode([tokenizer.read(b"tea", [b"green tea", b"a cup", b"a"])])
+    with ThreadPoolExecutor(1) as pool:
+        beginning = pool.submit(encoder.begin, [Work(tokens)])
+        with pytest.raises(TimeoutError):
+            beginning.result(timeout=0.2)  # Two wait for the only core.
+        turns.release()
+        [scoring] = beginning.result(timeout=10)
+        assert not scoring.documents[2].done()
+        turns.release(2)
+        result = scoring.result()
+    assert result is not None
+    assert result.logits.shape == (3,)
+
+
+def test_no_room_for_the_weights(int8_repository: Path) -> None:
+    graph = int8_repository / "cross_encoder" / "1" / "model.onnx"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"free twice its size there, or name .* in TMPDIR"):
+            CrossEncoder(graph)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def relevance(*logits: float) -> Relevance:

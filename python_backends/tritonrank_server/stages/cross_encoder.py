@@ -6,13 +6,15 @@ Runtime backend runs the same graph, and this file is not used.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,22 @@ class Relevance:
     scores: Float32
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """A request whose documents are under way, a future each of its logit and score."""
+
+    work: Work
+    documents: Sequence[Future[tuple[float, float] | None]]
+
+    def result(self) -> Relevance | None:
+        """Waits for it; None if it was given up meanwhile. Raises what went wrong with it."""
+        scored = [each.result() for each in self.documents]
+        if None in scored:
+            return None
+        logits, scores = np.array(scored, np.float32).T
+        return Relevance(logits, scores)
+
+
 class CrossEncoder:
     """The exported graph in ONNX Runtime, one document an execution, one execution a core.
 
@@ -60,17 +78,26 @@ class CrossEncoder:
     dynamic INT8 takes its activation scales from the whole input. It costs no speed: a core gains
     nothing from matrices larger than one document's. A lone document has all cores.
 
+    The weights are in memory once, as the processor's kernels want them, in a file without a name
+    that both sessions map.
+
     Args:
         graph: ``model.onnx`` of an export.
         threads: documents scored at a time; default, the cores this process may use.
 
     Raises:
         UnsupportedGraph: the graph is for a GPU.
+        OSError: there is no room for the file.
     """
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
         threads = threads or len(os.sched_getaffinity(0))
-        self._narrow, self._wide = _session(graph, 1), _session(graph, threads)
+        with TemporaryDirectory(prefix="tritonrank-", dir=_disk()) as folder:
+            packed = _packed(graph, Path(folder))
+            self._narrow, self._wide = _sessions(packed, 1, threads)
+        # Else glibc keeps what was freed since, up to the size of the graph.
+        ctypes.CDLL(None).malloc_trim(0)
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._bulk_pool = ThreadPoolExecutor(threads, initializer=_yield_to_others)
 
@@ -81,20 +108,34 @@ class CrossEncoder:
             One result a request, in their order; None for one that was given up meanwhile, whose
             other documents are not scored.
         """
+        return [scoring.result() for scoring in self.begin(batch)]
+
+    def begin(self, batch: Sequence[Work]) -> list[Scoring]:
+        """The same, but returns when no more of its documents wait than there are cores."""
         documents = [(work, each) for work in batch for each in work.tokens.documents()]
-        lone = len(documents) == 1 and not documents[0][0].bulk
-        run = partial(_run, self._wide if lone else self._narrow)
+        session = self._wide if is_lone(batch) else self._narrow
+        begun = threading.Semaphore(0)
         # The longest first, so that no core is left with a long document at the end.
         order = sorted(range(len(documents)), key=lambda i: -documents[i][1].input_ids.size)
-        futures = {}
+        futures: dict[int, Future[tuple[float, float] | None]] = {}
         for i in order:
             pool = self._bulk_pool if documents[i][0].bulk else self._pool
-            futures[i] = pool.submit(run, *documents[i])
-        results = (futures[i].result() for i in range(len(documents)))
-        return [_gathered([next(results) for _ in work.tokens.lengths]) for work in batch]
+            futures[i] = pool.submit(_run, session, begun, *documents[i])
+        for _ in order[: -self._threads]:
+            begun.acquire()
+        found = iter(futures[i] for i in range(len(documents)))
+        return [Scoring(work, list(islice(found, len(work.tokens.lengths)))) for work in batch]
 
 
-def _run(session: Any, work: Work, document: Tokens) -> tuple[float, float] | None:
+def is_lone(batch: Sequence[Work]) -> bool:
+    """Whether the batch is one document, which has all cores."""
+    return len(batch) == 1 and len(batch[0].tokens.lengths) == 1 and not batch[0].bulk
+
+
+def _run(
+    session: Any, begun: threading.Semaphore, work: Work, document: Tokens
+) -> tuple[float, float] | None:
+    begun.release()
     if work.is_given_up():
         return None
     logits, scores = session.run(["logits", "scores"], document.inputs())
@@ -105,17 +146,28 @@ def _yield_to_others() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
 
 
-def _session(graph: Path, threads: int) -> Any:
+def _packed(graph: Path, folder: Path) -> Path:
+    """Writes the graph as this processor runs it: optimised, weights as its kernels read them.
+
+    Kernels copy their weights into an order of their own, each session anew. From a file that has
+    them in that order they are mapped, as all else that is constant.
+    """
     # Only here, since in production the other stages run where there is no such package.
     import onnxruntime as ort
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Else its threads would keep the cores busy after their work.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = _options(1)
+    options.log_severity_level = 3  # It warns that other processors may not run it.
+    options.optimized_model_filepath = str(folder / graph.name)
+    for name, value in (
+        ("optimized_model_external_initializers_file_name", f"{graph.name}.data"),
+        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(f"session.{name}", value)
     try:
-        return ort.InferenceSession(
+        ort.InferenceSession(
             graph,
             options,
             providers=["CPUExecutionProvider"],
@@ -124,15 +176,45 @@ def _session(graph: Path, threads: int) -> Any:
         )
     except NoKernel as error:
         raise UnsupportedGraph(
-            f"{graph} is for a GPU: export with --precision int8 for a CPU, if the model has "
-            f"less than 536 million parameters, or serve it on a GPU ({error})"
+            f"{graph} is for a GPU: export with --precision int8 for a CPU, or serve it on a GPU "
+            f"({error})"
         ) from error
+    except Fail as error:
+        raise OSError(
+            f"{graph} cannot be unpacked into {folder.parent}: free twice its size there, or name "
+            f"another folder on a disk in TMPDIR ({error})"
+        ) from error
+    return folder / graph.name
 
 
-def _gathered(results: list[tuple[float, float] | None]) -> Relevance | None:
-    """One request's documents together, unless one was left out."""
-    scored = [result for result in results if result]
-    if len(scored) < len(results):
-        return None
-    logits, scores = np.array(scored, np.float32).T
-    return Relevance(logits, scores)
+def _sessions(packed: Path, *threads: int) -> list[Any]:
+    """One for each number of threads; all compute in one arena of this process."""
+    import onnxruntime as ort
+
+    where = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(where, ort.OrtArenaCfg({}))
+    every = [_options(each) for each in threads]
+    for options in every:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Done already.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = ["CPUExecutionProvider"]
+    return [ort.InferenceSession(packed, options, providers=providers) for options in every]
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Else its threads would keep the cores busy after their work.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _disk() -> str | None:
+    """A folder for large files, by the usual rule; /tmp, the last choice, often lies in memory."""
+    places = (os.environ.get("TMPDIR", ""), "/var/tmp")
+    return next((place for place in places if os.access(place, os.W_OK)), None)

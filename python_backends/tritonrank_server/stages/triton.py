@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +25,7 @@ import triton_python_backend_utils as pb_utils
 from ..errors import InvalidInput, InvalidOutput, Overloaded
 from . import numpy2
 from .admission import UNBOUNDED, Float64, Ledger, Size
-from .cross_encoder import CrossEncoder, Relevance, Work
+from .cross_encoder import CrossEncoder, Relevance, Scoring, Work, is_lone
 from .shm import stages_prefix
 from .sorter import Ranking, rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
@@ -64,14 +67,15 @@ class _Stage(ABC, Generic[Decoded, Result]):
     @abstractmethod
     def encode(self, result: Result) -> dict[str, np.ndarray[Any, Any]]: ...
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        return list(map(self._respond, requests, self._results(requests)))
+
+    def _results(self, requests: Sequence[Any]) -> list[Any]:
+        """One a request: a result, an error, or None for one that was given up."""
         decoded = [_attempt(self._decode, request) for request in requests]
         good = [value for value in decoded if _is_to_run(value)]
         results = iter(self._run(good) if good else [])
-        return [
-            self._respond(request, next(results) if _is_to_run(value) else value)
-            for request, value in zip(requests, decoded)
-        ]
+        return [next(results) if _is_to_run(value) else value for value in decoded]
 
     def _run(self, batch: Sequence[Decoded]) -> Sequence[Any]:
         """Results or errors, one a request; if the batch fails, each request is run alone."""
@@ -154,9 +158,11 @@ class _Counter:
             kind=pb_utils.MetricFamily.COUNTER,
         )
         self._metric = self._family.Metric(labels=labels)
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        self._metric.increment(count)
+        with self._lock:  # Triton's own counts by one thread at a time, else it crashes.
+            self._metric.increment(count)
 
 
 class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
@@ -200,11 +206,17 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
         }
 
 
-class CrossEncoderModel(_Stage[Work, Relevance]):
-    """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1]."""
+class CrossEncoderModel(_Stage[Work, Any]):
+    """The graph's inputs, batch size N → logits FP32 [N, 1], scores FP32 [N, 1].
+
+    Triton hands over a batch when ``execute`` has returned from the one before. It does so while
+    the last documents wait, one a core, and another thread awaits them and answers: so the cores
+    stay busy, and one process is enough.
+    """
 
     def load(self, args: dict[str, str]) -> None:
         self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
+        self._answers = ThreadPoolExecutor()
         self._computed = _Counter("computed_tokens", "Places the graph ran on, padding included")
 
     def decode(self, request: Any) -> Work:
@@ -220,12 +232,35 @@ class CrossEncoderModel(_Stage[Work, Relevance]):
         deadline = time.monotonic() + _timeout(request)
         return Work(tokens, lambda: time.monotonic() > deadline, _is_bulk(request))
 
-    def run(self, batch: Sequence[Work]) -> Sequence[Relevance | None]:
-        results = self._cross_encoder.score(batch)
-        # One document an execution: no place of it is padding.
-        done = [work.tokens.lengths.sum() for work, result in zip(batch, results) if result]
-        self._computed.add(int(sum(done)))
-        return results
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        results = self._results(requests)
+        if is_lone([each.work for each in results if isinstance(each, Scoring)]):
+            return list(map(self._finish, requests, results))  # It has all cores.
+        self._answers.submit(self._answer, requests, results)
+        return None
+
+    def finalize(self) -> None:
+        self._answers.shutdown()
+
+    def run(self, batch: Sequence[Work]) -> Sequence[Scoring]:
+        return self._cross_encoder.begin(batch)
+
+    def _answer(self, requests: Sequence[Any], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results):
+            sender = request.get_response_sender()
+            send = partial(sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            _attempt(send, self._finish(request, result))
+
+    def _finish(self, request: Any, result: Any) -> Any:
+        relevance = _attempt(self._relevance, result) if isinstance(result, Scoring) else result
+        return self._respond(request, relevance)
+
+    def _relevance(self, scoring: Scoring) -> Relevance | None:
+        relevance = scoring.result()
+        if relevance:
+            # One document an execution: no place of it is padding.
+            self._computed.add(int(scoring.work.tokens.lengths.sum()))
+        return relevance
 
     def encode(self, result: Relevance) -> dict[str, np.ndarray[Any, Any]]:
         return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
