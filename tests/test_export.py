@@ -42,7 +42,7 @@ from tritonrank_server.export import default_model
 from tritonrank_server.export.command import export
 from tritonrank_server.export.compare import Difference
 from tritonrank_server.export.families import FAMILIES as ARCHITECTURES
-from tritonrank_server.export.frame import Even, Frame, Packed, portable, ragged
+from tritonrank_server.export.frame import Even, Packed, portable, ragged
 from tritonrank_server.export.layers import ACTIVATIONS
 from tritonrank_server.export.loading import Loaded
 
@@ -228,17 +228,21 @@ FORMS = {"even": Even, "packed": Packed}
 
 def in_form(checkpoint: Path, form: str, token_types: bool = True) -> onnx.ModelProto:
     """The FP32 graph of a checkpoint, which export makes portable or quantises."""
-    return graph_of(checkpoint, FORMS[form], "fp32", token_types, 64)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    return graph_of(model, form, "fp32", token_types, 64)
 
 
 def graph_of(
-    checkpoint: Path, form: type[Frame], precision: str, token_types: bool, max_length: int
+    model: transformers.PreTrainedModel,
+    form: str,
+    precision: str,
+    token_types: bool,
+    max_length: int,
 ) -> onnx.ModelProto:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     _, family = ARCHITECTURES[type(model).__name__]
     loaded = Loaded(model, family(model.config), dict(model.named_parameters()), model)
     checkpoint_module._give_weights(loaded, precision)
-    return ir.to_proto(ragged(loaded.reranker, form, token_types, "Sigmoid", max_length))
+    return ir.to_proto(ragged(loaded.reranker, FORMS[form], token_types, "Sigmoid", max_length))
 
 
 def on_a_cpu(repository: Path) -> None:
@@ -301,7 +305,8 @@ def default_graph(precision: str) -> onnx.ModelProto:
     """The default model's, for a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         default_model.write_checkpoint(Path(folder))
-        return graph_of(Path(folder), Packed, precision, True, 512)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        return graph_of(model, "packed", precision, True, 512)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -55,6 +55,7 @@ def test_weights_are_in_memory_once(int8_repository: Path, tmp_path: Path) -> No
     repository = Path(shutil.copytree(int8_repository, tmp_path / "repository", symlinks=True))
     current = repository / "cross_encoder" / "current"
     onnx.save(large_graph(), current / "model.onnx")
+    (current / "model.onnx.data").unlink()
     with start(repository) as server, RerankClient(server.grpc_url, timeout=60) as client:
         # By both ways, a lone document and several at a time.
         [alone] = client.rank("tea", ["green tea"])

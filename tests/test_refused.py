@@ -103,7 +103,9 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 #: Words that no text has, and nothing of which a word could be made.
 WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"q{i}q" for i in range(495))])
 OF_WORDS = both(remove("tokenizer.json"), remove("tokenizer_config.json"))
-TWO_MODULES = json.dumps([{"type": f"sentence_transformers.models.{n}"} for n in ("A", "Dense")])
+TWO_MODULES = json.dumps(
+    [{"type": f"sentence_transformers.models.{n}"} for n in ("Transformer", "Dense")]
+)
 MODULE_ELSEWHERE = '[{"type": "sentence_transformers.models.Transformer", "path": "0_T"}]'
 CODE = {"AutoModelForSequenceClassification": "evil.Model", "AutoConfig": "evil.Config"}
 
@@ -228,7 +230,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         write("modules.json", MODULE_ELSEWHERE),
         "only modules of sentence-transformers .* in the top folder",
     ),
-    "more modules": ("bert", write("modules.json", TWO_MODULES), "1_Pooling"),
+    "more modules": ("bert", write("modules.json", TWO_MODULES), "not of this architecture"),
     "no modules": ("bert", write("modules.json", '["a"]'), "not as sentence-transformers writes"),
     "prompt": (
         "bert",

@@ -82,7 +82,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
         max_length=max_length,
         prompt=prompt,
         read=lambda query, documents: read(query, documents)["input_ids"],
-        reference=_reference(tokenizer, loaded, read),
+        reference=_reference(tokenizer, loaded, read, "left" if prompt.whole else "right"),
         unknown_id=tokenizer.unk_token_id,
         provenance={
             "architecture": " and ".join(saved_.modules[1:] or config.architectures),
@@ -240,14 +240,14 @@ def _read(
 
 
 def _reference(
-    tokenizer: PreTrainedTokenizerBase, loaded: Loaded, read: Callable[..., Any]
+    tokenizer: PreTrainedTokenizerBase, loaded: Loaded, read: Callable[..., Any], side: str
 ) -> Callable[[str, list[str]], npt.NDArray[np.float32]]:
-    """The checkpoint as its publisher runs it: padded, FP32, with its own tokenizer."""
+    """The checkpoint as its publisher runs it: padded at a side, FP32, with its own tokenizer."""
 
     def logits(query: str, documents: list[str]) -> npt.NDArray[np.float32]:
         encoded = read(query, documents)
         with telling("and run the model"), torch.inference_mode():
-            batch = tokenizer.pad(encoded, return_tensors="pt")
+            batch = tokenizer.pad(encoded, return_tensors="pt", padding_side=side)
             values: npt.NDArray[np.float32] = loaded.logits(batch).numpy()
         return values
 

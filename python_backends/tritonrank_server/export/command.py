@@ -129,7 +129,7 @@ def _source(model: str, precision: str, staging: Path, instruction: str | None) 
         return checkpoint.source(model, precision, instruction)
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         default_model.write_checkpoint(Path(folder))
-        source = checkpoint.source(folder, precision)
+        source = checkpoint.source(folder, precision, instruction)
     provenance = source.provenance | default_model.PROVENANCE
     return replace(source, name=default_model.NAME, provenance=provenance)
 

@@ -318,8 +318,6 @@ class Packed(Frame):
 
     def _stand(self, ids: ir.Value, query_size: ir.Value) -> None:
         op = self.op
-        # Of sums, ONNX Runtime fuses those of shapes that it knows to be equal.
-        ids.shape = ir.Shape(["t"])
         end = op.CumSum(self.size, 0)
         start = op.Sub(end, self.size)
         self.start = op.Reshape(start, [-1])
@@ -336,7 +334,7 @@ class Packed(Frame):
         in_order = op.Reshape(op.Concat(self.real, gaps, axis=0), op.Shape(mask))
         self.offsets = op.Cast(in_order, to=INT32)
         self.ends = op.Cast(op.Concat([0], self.end, axis=0), to=INT32)
-        self.ids = op.Unsqueeze(ids, [1])
+        self.ids = self._shaped(ids)
         shape = op.Shape(mask)
         self.positions = self._rows(op.Expand(self.place, shape))
         in_document = op.GreaterOrEqual(self.place, query_size)
@@ -345,7 +343,13 @@ class Packed(Frame):
     def _rows(self, places: ir.Value) -> ir.Value:
         """[N, L] → [T, 1]."""
         op = self.op
-        return op.Unsqueeze(op.Gather(op.Reshape(places, [-1]), self.real), [1])
+        return self._shaped(op.Gather(op.Reshape(places, [-1]), self.real))
+
+    def _shaped(self, rows: ir.Value) -> ir.Value:
+        """[T, ..] → [T, 1, ..]: ONNX Runtime fuses sums of shapes that it knows to be equal."""
+        shaped = self.op.Unsqueeze(rows, [1])
+        shaped.shape = ir.Shape(["t", *shaped.shape[1:]])
+        return shaped
 
     @property
     def padding(self) -> ir.Value | None:
@@ -375,8 +379,7 @@ class Packed(Frame):
 
     def together(self, states: ir.Value) -> ir.Value:
         op = self.op
-        rows = op.Gather(op.Reshape(states, [-1, states.shape[-1]]), self.real)
-        return op.Unsqueeze(rows, [1])
+        return self._shaped(op.Gather(op.Reshape(states, [-1, states.shape[-1]]), self.real))
 
     def attend(
         self,
@@ -390,7 +393,7 @@ class Packed(Frame):
         rows = [op.Squeeze(each, [1]) for each in (query, key, value)]
         inputs = (*rows, bias, self.offsets, self.ends)
         attended = microsoft(op, "PackedMultiHeadAttention", rows[0], *inputs, num_heads=heads)
-        return op.Unsqueeze(attended, [1])
+        return self._shaped(attended)
 
     def self_attend(
         self,
