@@ -13,12 +13,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 import transformers
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedCheckpoint
 from ..stages.tokenizer import Prompt
-from . import layers, prompts
+from . import layers, prompts, reading
 from .families import Reranker
 from .folder import Saved, find, refuse_broken_parts, saved, settings
 from .frame import Even, Packed, ragged
@@ -61,6 +62,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
     with telling(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     _check_tokenizer(tokenizer, folder, family)
+    _check_conversion(tokenizer, folder)
     loaded = load(folder, name, config, family, saved_, tokenizer)
     max_length = _max_length(tokenizer, family.positions(config), saved_.max_length)
     backend = _backend_tokenizer(tokenizer, max_length)
@@ -114,6 +116,24 @@ def _check_tokenizer(
             raise UnsupportedCheckpoint(
                 f"{side} of the tokenizer in {folder} is left, and only right is supported"
             )
+
+
+def _check_conversion(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses what transformers made of sentencepiece's model, and reads other pieces than that."""
+    if (folder / "tokenizer.json").exists():
+        return
+    for path in folder.glob("*.model"):
+        own = SentencePieceProcessor(model_file=str(path))
+        for text in (*reading.SCRIPTS, reading.COMPATIBLE):
+            pieces = own.encode(text, out_type=str)
+            known = [tokenizer.unk_token if own.is_unknown(own[each]) else each for each in pieces]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if tokenizer.convert_ids_to_tokens(ids) != known:
+                raise UnsupportedCheckpoint(
+                    f"of {text[:40]!r}, {type(tokenizer).__name__} of transformers reads other "
+                    f"pieces than {path} has by sentencepiece's own library: put a tokenizer.json "
+                    "beside it"
+                )
 
 
 def _max_length(

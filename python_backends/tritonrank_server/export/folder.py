@@ -87,6 +87,11 @@ def settings(folder: Path) -> dict[str, Any]:
                 f"{folder / name} names code of its own (auto_map), and none is run: use a "
                 "checkpoint that transformers runs by itself"
             )
+        if "BertJapanese" in str(content.get("tokenizer_class")):
+            raise UnsupportedCheckpoint(
+                f"{folder / name} names {content['tokenizer_class']}, which splits words by MeCab "
+                "or another program, and a server has none: use a checkpoint with tokenizer.json"
+            )
     return content  # Of the last.
 
 

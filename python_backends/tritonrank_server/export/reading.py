@@ -31,6 +31,8 @@ SCRIPTS = (
     "El naïve café 🗻 costó 3,776 ¥ — ¿sí?",
 )
 
+#: What most of these models write in another way before they read it.
+COMPATIBLE = "ｶﾀｶﾅ ＡＢＣ ① ㈜ ﬁ"
 #: Where a document begins and ends, the words of what stands around it may go on.
 EDGES = ("", " {}", "\n{}", "  {} ", "?! {}\n", "'s {}", "\u0301{}", "3{}")
 
