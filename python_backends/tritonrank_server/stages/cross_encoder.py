@@ -118,8 +118,12 @@ class CrossEncoder:
         documents = [(work, each) for work in batch for each in work.tokens.documents()]
         session = self._wide if is_lone(batch) else self._narrow
         begun = threading.Semaphore(0)
-        # The longest first, so that no core is left with a long document at the end.
-        order = sorted(range(len(documents)), key=lambda i: -documents[i][1].input_ids.size)
+        # A request after the other, so that none waits for all of its batch; of each the longest
+        # first, so that no core is left with a long document at the end.
+        whose = [i for i, work in enumerate(batch) for _ in work.tokens.lengths]
+        order = sorted(
+            range(len(documents)), key=lambda i: (whose[i], -documents[i][1].input_ids.size)
+        )
         futures: dict[int, Future[tuple[float, float] | None]] = {}
         for i in order:
             pool = self._bulk_pool if documents[i][0].bulk else self._pool

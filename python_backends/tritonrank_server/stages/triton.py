@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -33,6 +34,10 @@ from .tokenizer import Pairs, PairTokenizer, Tokens
 # Stubs of the embedded server may be older than this NumPy.
 if numpy2.SWITCH in os.environ:
     numpy2.mend()
+
+#: Seconds that a thread may keep the interpreter. With Python's own 5 ms, a core waited as long for
+#: its next document while another thread took a batch, or answered one.
+SWITCH_INTERVAL = 2e-4
 
 Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
@@ -217,6 +222,7 @@ class CrossEncoderModel(_Stage[Work, Any]):
     def load(self, args: dict[str, str]) -> None:
         self._cross_encoder = CrossEncoder(_version_folder(args) / "model.onnx")
         self._answers = ThreadPoolExecutor()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._computed = _Counter("computed_tokens", "Places the graph ran on, padding included")
 
     def decode(self, request: Any) -> Work:
