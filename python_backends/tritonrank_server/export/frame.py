@@ -196,23 +196,32 @@ class Frame(ABC):
         return op.Cast(op.Cos(angles), to=dtype), op.Cast(op.Sin(angles), to=dtype)
 
     def attend_causally(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, heads: int, groups: int
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        heads: int,
+        groups: int,
+        theta: float,
     ) -> ir.Value:
         """Attention of each token to those up to it, where several heads share a key and a value.
 
         Args:
-            query: [rows, heads · D].
+            query: [rows, heads · D], D a multiple of 16.
             key: [rows, groups · D].
             value: [rows, groups · D].
             heads: of queries.
             groups: of heads (Ainslie et al. 2023).
+            theta: as of ``rotate``. The operator rotates what is apart, since a GPU's kernel for
+                ``rotate`` takes 65,535 packed rows at most.
         """
         op = self.op
+        angles = self._angles(theta, query.shape[-1] // heads, query.dtype)
         ends = op.Cast(op.Sub(op.Reshape(self.size, [-1]), 1), to=INT32)
         queries, keys, values = map(self.apart, (query, key, value))
         longest = op.Cast(self.longest, to=INT32)
-        inputs = (queries, keys, values, None, None, ends, longest)
-        options = {"num_heads": heads, "kv_num_heads": groups, "_outputs": 3}
+        inputs = (queries, keys, values, None, None, ends, longest, *angles)
+        options = {"num_heads": heads, "kv_num_heads": groups, "do_rotary": 1, "_outputs": 3}
         return self.together(microsoft(op, "GroupQueryAttention", queries, *inputs, **options))
 
     def attend_within(

@@ -31,14 +31,15 @@ class Attention(nn.Module):
         self._theta = config.rope_parameters["rope_theta"]
 
     def forward(self, op: OpBuilder, states: ir.Value, frame: Frame) -> ir.Value:
-        query = self._placed(op, self.q_norm, self.q_proj(op, states), frame)
-        key = self._placed(op, self.k_norm, self.k_proj(op, states), frame)
+        query = self._normalised(op, self.q_norm, self.q_proj(op, states))
+        key = self._normalised(op, self.k_norm, self.k_proj(op, states))
         value = self.v_proj(op, states)
-        return self.o_proj(op, frame.attend_causally(query, key, value, self._heads, self._groups))
+        options = self._heads, self._groups, self._theta
+        return self.o_proj(op, frame.attend_causally(query, key, value, *options))
 
-    def _placed(self, op: OpBuilder, norm: RMSNorm, rows: ir.Value, frame: Frame) -> ir.Value:
+    def _normalised(self, op: OpBuilder, norm: RMSNorm, rows: ir.Value) -> ir.Value:
         heads = norm(op, op.Reshape(rows, [0, 0, -1, self._width]))
-        return frame.rotate(op.Reshape(heads, [0, 0, rows.shape[-1]]), self._theta, self._width)
+        return op.Reshape(heads, [0, 0, rows.shape[-1]])
 
 
 class MLP(nn.Module):
@@ -111,6 +112,11 @@ class Qwen3ForSequenceClassification(Reranker):
         super().refuse(config)
         if set(config.layer_types) != {"full_attention"}:
             raise UnsupportedCheckpoint("Qwen3 with layers of sliding_attention is not supported")
+        if config.head_dim % 16:
+            raise UnsupportedCheckpoint(
+                f"head_dim {config.head_dim} is not supported: ONNX Runtime's attention takes "
+                "multiples of 16"
+            )
         scaling = config.rope_parameters["rope_type"]
         if scaling != "default":
             raise UnsupportedCheckpoint(f"rotary positions of type {scaling} are not supported")
