@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ModernBERT, odd window": ("ModernBert", MODERN | {"local_attention": 7}),
     "Qwen3": ("Qwen3", QWEN),
     "Qwen3, biases": ("Qwen3", QWEN | {"attention_bias": True, "num_key_value_heads": 4}),
-    "Qwen3, one key": ("Qwen3", QWEN | {"num_key_value_heads": 1, "head_dim": 24}),
+    "Qwen3, one key": ("Qwen3", QWEN | {"num_key_value_heads": 1, "head_dim": 48}),
     "DeBERTa-v3": ("DebertaV2", V3),
     "DeBERTa-v2": (
         "DebertaV2",
@@ -193,6 +194,7 @@ def test_buckets_are_those_of_transformers(buckets: int, most: int) -> None:
         ("ModernBert", MODERN | {"classifier_activation": "mish"}, "classifier_activation mish"),
         ("ModernBert", MODERN | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ("Qwen3", QWEN | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "type linear"),
+        ("Qwen3", QWEN | {"head_dim": 24}, "head_dim 24 is not supported"),
         ("Qwen3", QWEN | {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
         ("DebertaV2", V3 | {"conv_kernel_size": 3}, "conv_kernel_size"),
         ("DebertaV2", V3 | {"pos_att_type": ["p2p"]}, "pos_att_type p2p"),
@@ -347,6 +349,29 @@ def test_a_chat_template_of_its_own(
     actual = ranking.logits[np.argsort(ranking.indices)]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
     assert ranking.scores.tolist() == ranking.logits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ((10**6, 3), "tokens 1000000 and 3, and must be two of the model's"),
+        ((-1, 3), "tokens -1 and 3"),
+        ((3, 3), "tokens 3 and 3"),
+        ((True, 3), "has not both true_token_id and false_token_id"),
+        ((3, None), "has not both true_token_id and false_token_id"),
+    ],
+)
+def test_answers_that_are_not_two_tokens_are_refused(
+    answers: tuple[Any, Any], message: str, tmp_path: Path, sample: Sample
+) -> None:
+    folder = write_qwen(tmp_path / "plain", sample, "CausalLM", TEMPLATE)
+    module = Transformer(str(folder), transformer_task="text-generation")
+    kept = tmp_path / "kept"
+    CrossEncoder(modules=[module, LogitScore(1, 2)], device="cpu").save_pretrained(str(kept))
+    changed = dict(zip(("true_token_id", "false_token_id"), answers))
+    (kept / "1_LogitScore" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        export(str(kept), "fp32", new_repository(tmp_path / "repository"))
 
 
 def test_a_prompt_that_is_not_known_is_refused(tmp_path: Path, sample: Sample) -> None:

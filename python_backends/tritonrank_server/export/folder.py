@@ -211,7 +211,7 @@ def saved(folder: Path) -> Saved:
 def _answers(folder: Path) -> tuple[int, int]:
     config = _read(folder / "config.json")
     answers = config.get("true_token_id"), config.get("false_token_id")
-    if not all(isinstance(each, int) for each in answers):
+    if not all(type(each) is int for each in answers):
         raise UnsupportedCheckpoint(
             f"{folder / 'config.json'} has not both true_token_id and false_token_id"
         )

@@ -184,6 +184,11 @@ def _language_model(
     yes, no = saved.answers or tokenizer.convert_tokens_to_ids(["yes", "no"])
     if None in (yes, no) or tokenizer.unk_token_id in (yes, no):
         raise UnsupportedCheckpoint('the tokenizer has no token "yes" or none "no"')
+    if yes == no or not {yes, no} <= set(range(config.vocab_size)):
+        raise UnsupportedCheckpoint(
+            f"the answers yes and no are tokens {yes} and {no}, and must be two of the model's "
+            f"{config.vocab_size}: see true_token_id and false_token_id of LogitScore"
+        )
     model = _pretrained(AutoModelForCausalLM, folder, name, family)
     config.num_labels = 1
 
