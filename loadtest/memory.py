@@ -108,10 +108,14 @@ def memory(repository: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures an export, prints it, and writes a file by the name of its checkpoint."""
+    """Measures an export."""
     parser = argparse.ArgumentParser(prog="loadtest.memory", description=__doc__)
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
-    result = memory(parser.parse_args().model_repository)
+    show(memory(parser.parse_args().model_repository))
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints it, and writes a file by the name of its checkpoint."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     output = RESULTS / f"{Path(result['checkpoint']).name}-{result['precision']}.json"
     output.write_text(json.dumps(result, indent=1) + "\n")

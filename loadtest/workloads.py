@@ -57,11 +57,12 @@ def _autocomplete(source: random.Random) -> Request:
 
 def _multilingual(source: random.Random) -> Request:
     """A query with a dozen documents of the sample, in English, Korean or Japanese."""
-    return source.choice(_sample())
+    return source.choice(sample())
 
 
 @cache
-def _sample() -> list[Request]:
+def sample() -> list[Request]:
+    """That of the demo and of the export's check: English, Korean and Japanese."""
     return _read((files("tritonrank_server") / "sample.jsonl").read_text("utf-8"))
 
 

@@ -184,7 +184,7 @@ class Frame(ABC):
             width: of a head.
         """
         angles = self._angles(theta, width, rows.dtype)
-        return microsoft(self.op, "RotaryEmbedding", rows, rows, self.positions, *angles)
+        return microsoft(self.op, "RotaryEmbedding", rows, rows, [0], *angles)
 
     @lru_cache(2)  # noqa: B019
     def _angles(self, theta: float, width: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
@@ -389,6 +389,23 @@ class Packed(Frame):
     def together(self, states: ir.Value) -> ir.Value:
         op = self.op
         return self._shaped(op.Gather(op.Reshape(states, [-1, states.shape[-1]]), self.real))
+
+    def rotate(self, rows: ir.Value, theta: float, width: int) -> ir.Value:
+        op = self.op
+        # As one document of T tokens, since a GPU's kernel takes 65,535 documents at most.
+        one = op.Unsqueeze(op.Squeeze(rows, [1]), [0])
+        angles = self._angles_of_rows(theta, width, rows.dtype)
+        rotated = microsoft(op, "RotaryEmbedding", one, one, [0], *angles)
+        return self._shaped(op.Squeeze(rotated, [0]))
+
+    @lru_cache(2)  # noqa: B019
+    def _angles_of_rows(
+        self, theta: float, width: int, dtype: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """Cosine and sine of each row, [T, width / 2]."""
+        places = self.op.Squeeze(self.positions, [1])
+        cosine, sine = self._angles(theta, width, dtype)
+        return self.op.Gather(cosine, places), self.op.Gather(sine, places)
 
     def attend(
         self,
