@@ -87,10 +87,19 @@ class Expected:
 
     @classmethod
     def of(cls, source: Source) -> Expected:
-        """By the source's reference."""
+        """By the source's reference.
+
+        Raises:
+            ExportRefused: it ranks nothing.
+        """
         requests = _sample(source)
         bars = shown(requests, "Running the checkpoint's own model")
         logits = [source.reference(each["query"], each["documents"]) for each in bars]
+        if np.ptp(np.concatenate(logits)) == 0:
+            raise ExportRefused(
+                "the checkpoint's own model gives every document of the sample the same logit: use "
+                "one that was trained to rank. Nothing was published"
+            )
         return cls(requests, logits)
 
     def difference(self, graph: Path, pairs: PairTokenizer, precision: str) -> Difference:

@@ -47,6 +47,8 @@ IR_VERSION, OPSET = 9, 20
 INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 #: What is added to the weight of a token that is not to be seen; FP16 reaches 65,504.
 FAR = -6e4
+#: Of packed rows, for an operator that takes documents.
+BLOCK = 256
 #: What of the rows is wanted, such as ``Frame.first``.
 Pool = Callable[[ir.Value], ir.Value]
 
@@ -184,15 +186,16 @@ class Frame(ABC):
             width: of a head.
         """
         angles = self._angles(theta, width, rows.dtype)
-        return microsoft(self.op, "RotaryEmbedding", rows, rows, [0], *angles)
+        return microsoft(self.op, "RotaryEmbedding", rows, rows, self.positions, *angles)
 
     @lru_cache(2)  # noqa: B019
     def _angles(self, theta: float, width: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-        """Cosine and sine by position, [L, width / 2]."""
+        """Cosine and sine by position, [L or ``BLOCK``, width / 2]."""
         op = self.op
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequencies = op.Constant(value=ir.tensor(1 / np.float32(theta) ** exponents))
-        angles = op.Mul(op.Unsqueeze(op.Cast(self.place, to=FLOAT), [1]), frequencies)
+        places = op.Cast(op.Range(0, op.Max(self.longest, BLOCK), 1), to=FLOAT)
+        angles = op.Mul(op.Unsqueeze(places, [1]), frequencies)
         return op.Cast(op.Cos(angles), to=dtype), op.Cast(op.Sin(angles), to=dtype)
 
     def attend_causally(
@@ -392,20 +395,17 @@ class Packed(Frame):
 
     def rotate(self, rows: ir.Value, theta: float, width: int) -> ir.Value:
         op = self.op
-        # As one document of T tokens, since a GPU's kernel takes 65,535 documents at most.
-        one = op.Unsqueeze(op.Squeeze(rows, [1]), [0])
-        angles = self._angles_of_rows(theta, width, rows.dtype)
-        rotated = microsoft(op, "RotaryEmbedding", one, one, [0], *angles)
-        return self._shaped(op.Squeeze(rotated, [0]))
-
-    @lru_cache(2)  # noqa: B019
-    def _angles_of_rows(
-        self, theta: float, width: int, dtype: ir.DataType
-    ) -> tuple[ir.Value, ir.Value]:
-        """Cosine and sine of each row, [T, width / 2]."""
-        places = self.op.Squeeze(self.positions, [1])
-        cosine, sine = self._angles(theta, width, dtype)
-        return self.op.Gather(cosine, places), self.op.Gather(sine, places)
+        # In blocks, since a GPU's kernel takes 65,535 documents of as many tokens at most.
+        missing = op.Mod(op.Neg(op.Shape(rows, start=0, end=1)), BLOCK)
+        ends = op.Concat([0, 0], missing, [0], axis=0)
+        blocks = op.Reshape(op.Pad(op.Squeeze(rows, [1]), ends), [-1, BLOCK, rows.shape[-1]])
+        places = op.Pad(op.Squeeze(self.positions, [1]), op.Concat([0], missing, axis=0))
+        placed = (op.Reshape(places, [-1, BLOCK]), *self._angles(theta, width, rows.dtype))
+        rotated = microsoft(op, "RotaryEmbedding", blocks, blocks, *placed)
+        flat = op.Reshape(rotated, [-1, rows.shape[-1]])
+        whole = op.Slice(flat, [0], op.Shape(rows, start=0, end=1), [0])
+        whole.shape = ir.Shape(["t", rows.shape[-1]])
+        return self._shaped(whole)
 
     def attend(
         self,
@@ -484,15 +484,31 @@ PackedMultiHeadAttention <num_heads>
     average_rows = Reshape (averages, rows)
     output = Gather (average_rows, real_places)
 }"""),
+    # In FP32: of FP16 the CPU's kernel holds heads · L × L for each document.
+    parser.parse_function("""
+<domain: "tritonrank", opset_import: ["": 20, "com.microsoft": 1]>
+GroupQueryAttention <num_heads, kv_num_heads, do_rotary>
+(query, key, value, past_key, past_value, ends, longest, cosine, sine) => (output) {
+    queries = Cast <to = 1> (query)
+    keys = Cast <to = 1> (key)
+    values = Cast <to = 1> (value)
+    cosines = Cast <to = 1> (cosine)
+    sines = Cast <to = 1> (sine)
+    averages, all_keys, all_values = com.microsoft.GroupQueryAttention
+        <num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads,
+         do_rotary: int = @do_rotary>
+        (queries, keys, values, past_key, past_value, ends, longest, cosines, sines)
+    output = CastLike (averages, query)
+}"""),
 ]
 
 
 def portable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with packed attention, if it has any, in operators that a CPU has kernels for.
+    """The same graph with packed and causal attention, if any, in what a CPU has kernels for.
 
     It takes their time and memory: documents are gathered apart, and padded to the longest.
     """
-    places, attention = _DEFINITIONS
+    places, attention, causal = _DEFINITIONS
     found = ["packed_slots", "packed_places", "packed_lengths"]
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -508,8 +524,13 @@ def portable(model: onnx.ModelProto) -> onnx.ModelProto:
                 domain=attention.domain,
                 num_heads=helper.get_node_attr_value(node, "num_heads"),
             )
+        elif node.op_type == causal.name:
+            attributes = {each.name: each.i for each in node.attribute}
+            node = helper.make_node(
+                causal.name, node.input, node.output[:1], domain=causal.domain, **attributes
+            )
         nodes.append(node)
-    if len(nodes) == len(model.graph.node):
+    if not any(each.domain == places.domain for each in nodes):
         return model
     graph = helper.make_graph(
         nodes,
