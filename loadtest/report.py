@@ -331,6 +331,26 @@ def replicas(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def memory(folder: Path) -> str:
+    """Of each export that was measured."""
+    head = ["", "graph", "export's peak", "served", "under load", "of 1.3 × the graph + 400 MB"]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("memory/*.json"))]
+    rows = [
+        (
+            f"{Path(result['checkpoint']).name}, {result['precision'].upper()}",
+            f"{result['graph'] / 1e6:.0f} MB",
+            f"{result['export_peak'] / result['fp32']:.1f} × FP32's {result['fp32'] / 1e9:.1f} GB"
+            if "fp32" in result
+            else "not measured",
+            f"{sum(size for _, size in result['started']) / 1e6:.0f} MB",
+            f"{result['most_total'] / 1e6:.0f} MB",
+            f"{result['share_of_bound']:.2f}, {result['hardware']['cores']} cores",
+        )
+        for result in results
+    ]
+    return _table(head, rows)
+
+
 def write(path: Path, name: str, block: str) -> None:
     """Puts the block between the two marks of that name in the file.
 
@@ -353,6 +373,7 @@ def main(root: Path = ROOT) -> None:
     write(root / "README.md", "figures", figures(machines.values()))
     write(root / "loadtest" / "RESULTS.md", "benchmark", benchmark(machines))
     write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
+    write(root / "loadtest" / "RESULTS.md", "memory", memory(folder))
     several = json.loads((folder / "replicas" / "replicas.json").read_text())
     write(root / "docker" / "README.md", "replicas", replicas(several))
 
