@@ -11,7 +11,7 @@ from onnxscript import OpBuilder, nn
 from ...errors import UnsupportedCheckpoint
 from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS, Embedding, LayerNorm, Linear
-from .family import Reranker
+from .family import Reranker, through
 
 #: Heads of the pretraining; the pooler, in place of which some have a head of their own.
 UNUSED = re.compile(
@@ -110,11 +110,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(self, op: OpBuilder, states: ir.Value, frame: Frame, pool: Pool | None) -> ir.Value:
-        *layers, last = self.layer
-        for layer in layers:
-            states = layer(op, states, frame, None)
-        # Nothing after its attention computes any row that is not wanted.
-        return last(op, states, frame, pool)
+        return through(self.layer, op, states, frame, pool)
 
 
 class Pooler(nn.Module):

@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 
 from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS, Embedding, LayerNorm, Linear
-from .family import Reranker, refuse_activation
+from .family import Reranker, refuse_activation, through
 
 EPSILON = 1e-12
 
@@ -70,10 +70,7 @@ class Transformer(nn.Module):
         self.layer = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
 
     def forward(self, op: OpBuilder, states: ir.Value, frame: Frame, pool: Pool | None) -> ir.Value:
-        *layers, last = self.layer
-        for layer in layers:
-            states = layer(op, states, frame, None)
-        return last(op, states, frame, pool)
+        return through(self.layer, op, states, frame, pool)
 
 
 class DistilBertModel(nn.Module):

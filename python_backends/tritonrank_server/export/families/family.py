@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from ...errors import UnsupportedCheckpoint
-from ..frame import Frame
+from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS
 
 
@@ -60,6 +60,17 @@ class LabelDifference(Reranker):
         labels = op.Cast(op.Reshape(self.model(op, frame), [-1, 2]), to=ir.DataType.FLOAT)
         this, other = (op.Gather(labels, [i], axis=1) for i in (self._relevant, 1 - self._relevant))
         return op.Sub(this, other)
+
+
+def through(
+    layers: nn.ModuleList, op: OpBuilder, states: ir.Value, frame: Frame, pool: Pool | None
+) -> ir.Value:
+    """The states after all layers; after the last one's attention only the rows that are wanted."""
+    *before, last = layers
+    for layer in before:
+        states = layer(op, states, frame, None)
+    result: ir.Value = last(op, states, frame, pool)
+    return result
 
 
 def refuse_activation(name: str, activation: str) -> None:

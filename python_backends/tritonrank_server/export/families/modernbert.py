@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 from ...errors import UnsupportedCheckpoint
 from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS, Embedding, LayerNorm, Linear
-from .family import Reranker, refuse_activation
+from .family import Reranker, refuse_activation, through
 
 WINDOWED = "sliding_attention"
 
@@ -90,10 +90,7 @@ class ModernBertModel(nn.Module):
 
     def forward(self, op: OpBuilder, frame: Frame, pool: Pool | None = None) -> ir.Value:
         states = self.embeddings(op, frame)
-        *layers, last = self.layers
-        for layer in layers:
-            states = layer(op, states, frame, None)
-        return self.final_norm(op, last(op, states, frame, pool))
+        return self.final_norm(op, through(self.layers, op, states, frame, pool))
 
     @classmethod
     def refuse(cls, config: Any) -> None:

@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 from ...errors import UnsupportedCheckpoint
 from ..frame import Frame, Pool
 from ..layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from .family import Reranker
+from .family import Reranker, through
 
 
 class Attention(nn.Module):
@@ -82,10 +82,7 @@ class Qwen3Model(nn.Module):
 
     def forward(self, op: OpBuilder, frame: Frame, pool: Pool | None = None) -> ir.Value:
         states = self.embed_tokens(op, frame.ids)
-        *layers, last = self.layers
-        for layer in layers:
-            states = layer(op, states, frame, None)
-        return self.norm(op, last(op, states, frame, pool))
+        return self.norm(op, through(self.layers, op, states, frame, pool))
 
 
 class Qwen3ForSequenceClassification(Reranker):
