@@ -97,8 +97,14 @@ def test_contestants_agree_and_are_reported(
     )
     operations.parent.mkdir()
     readme.write_text(marks.format("figures", "figures"))
-    blocks = [marks.format(name, name) for name in ("benchmark", "load")]
-    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}after\n")
+    (results / "memory").mkdir()
+    measured = {"checkpoint": "a/large", "precision": "int8", "graph": 5e8, "fp32": 2e9}
+    taken = {"export_peak": 4e9, "started": [["tritonserver", 6e8]], "most_total": 7e8}
+    (results / "memory" / "large-int8.json").write_text(
+        json.dumps(measured | taken | {"share_of_bound": 0.5, "hardware": result["hardware"]})
+    )
+    blocks = [marks.format(name, name) for name in ("benchmark", "load", "memory")]
+    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}{blocks[2]}after\n")
     operations.write_text(marks.format("replicas", "replicas"))
     report.main(tmp_path)
     text = tables.read_text()

@@ -30,7 +30,7 @@ from test_export import (
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 from tritonrank import RerankClient
-from tritonrank_server.errors import UnsupportedCheckpoint
+from tritonrank_server.errors import ExportRefused, UnsupportedCheckpoint
 from tritonrank_server.export.command import export
 from tritonrank_server.export.families import FAMILIES
 from tritonrank_server.export.families.deberta import log_buckets
@@ -192,6 +192,7 @@ def test_buckets_are_those_of_transformers(buckets: int, most: int) -> None:
     [
         ("ModernBert", MODERN | {"hidden_activation": "mish"}, "hidden_activation mish is not"),
         ("ModernBert", MODERN | {"classifier_activation": "mish"}, "classifier_activation mish"),
+        ("ModernBert", MODERN | {"local_attention": 1}, "local_attention 1 is not supported"),
         ("ModernBert", MODERN | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ("Qwen3", QWEN | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "type linear"),
         ("Qwen3", QWEN | {"head_dim": 24}, "head_dim 24 is not supported"),
@@ -372,6 +373,35 @@ def test_answers_that_are_not_two_tokens_are_refused(
     (kept / "1_LogitScore" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UnsupportedCheckpoint, match=message):
         export(str(kept), "fp32", new_repository(tmp_path / "repository"))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("upper", "reads other tokens than a server would"),
+        ("trim", "reads other tokens than a server would"),
+        ("truncate(300, true)", "reads other tokens than a server would"),
+        ("replace('a', messages[0].content)", "reads other tokens|the query once"),
+        ("nothing_known", "its chat template fails"),
+        ("length", "the query once, and then the document once"),
+    ],
+)
+def test_a_chat_template_that_changes_texts_is_refused(
+    document: str, message: str, tmp_path: Path, sample: Sample
+) -> None:
+    template = TEMPLATE.replace(
+        "'document') | map(attribute='content') | first",
+        f"'document') | map(attribute='content') | first | {document}",
+    )
+    checkpoint = write_qwen(tmp_path / "Qwen3-Reranker-0.6B", sample, "CausalLM", template)
+    with pytest.raises((UnsupportedCheckpoint, ExportRefused), match=message):
+        export(str(checkpoint), "fp32", new_repository(tmp_path / "repository"))
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(tmp_path: Path, sample: Sample) -> None:
+    checkpoint = write_qwen(tmp_path / "mine", sample, "CausalLM")
+    with pytest.raises(UnsupportedCheckpoint, match="shorten the instruction"):
+        export(str(checkpoint), "fp32", new_repository(tmp_path / "repository"), "word " * 300)
 
 
 def test_a_prompt_that_is_not_known_is_refused(tmp_path: Path, sample: Sample) -> None:

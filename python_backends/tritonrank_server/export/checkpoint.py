@@ -67,8 +67,9 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
     max_length = _max_length(tokenizer, family.positions(config), saved_.max_length)
     backend = _backend_tokenizer(tokenizer, max_length)
     _check_ids(backend, loaded.model)
-    prompt = _prompt(name, tokenizer, family, saved_, instruction)
-    read = partial(_read, tokenizer, max_length, prompt)
+    prompt, render = _prompt(name, tokenizer, family, saved_, instruction)
+    prompts.refuse_long(prompt, tokenizer, max_length)
+    read = partial(_read, tokenizer, max_length, prompt, render)
     token_types = not prompt.whole and _token_types(tokenizer, backend, config)
     _give_weights(loaded, precision)
     return Source(
@@ -199,14 +200,14 @@ def _prompt(
     family: type[Reranker],
     saved: Saved,
     instruction: str | None,
-) -> Prompt:
+) -> tuple[Prompt, prompts.Render | None]:
     if family.is_language_model:
         return prompts.find(name, tokenizer, saved, instruction)
     if instruction:
         raise UnsupportedCheckpoint(
             f"{name} takes no --instruction, which is for language models, such as Qwen3-Reranker"
         )
-    return Prompt(before=saved.instruction or "")
+    return Prompt(before=saved.instruction or ""), None
 
 
 def _activation(name: str) -> str:
@@ -243,17 +244,17 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     prompt: Prompt,
+    render: prompts.Render | None,
     query: str,
     documents: list[str],
 ) -> Any:
     """Token ids and what goes with them, as the checkpoint's own tokenizer has them."""
-    before = prompt.before + query + prompt.between
-    if not prompt.whole:
-        queries = [before] * len(documents)
+    if not render:
+        queries = [prompt.before + query] * len(documents)
         return tokenizer(queries, documents, truncation="only_second", max_length=max_length)
     # As publishers' code does: in one piece, cut, and only then ended.
     end = tokenizer(prompt.after, add_special_tokens=False)["input_ids"]
-    texts = [before + prompt.leading + document for document in documents]
+    texts = [render(query, document).removesuffix(prompt.after) for document in documents]
     options = {"truncation": True, "max_length": max_length - len(end)}
     ids = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
     return {"input_ids": [each + end for each in ids]}

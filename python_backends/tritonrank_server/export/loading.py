@@ -130,7 +130,7 @@ def load(
             them; or there are labels of which it is not known which is relevance.
     """
     if saved.is_chain:
-        return _chain(folder, name, family)
+        return _chain(folder, name, family, saved)
     if any(each.endswith("ForCausalLM") for each in config.architectures):
         return _language_model(folder, name, config, family, saved, tokenizer)
     return _classifier(folder, name, config, family)
@@ -201,7 +201,7 @@ def _language_model(
     return Loaded(model, family(config), weights | {"score.weight": row[[yes]] - row[[no]]}, logits)
 
 
-def _chain(folder: Path, name: str, family: type[Reranker]) -> Loaded:
+def _chain(folder: Path, name: str, family: type[Reranker], saved: Saved) -> Loaded:
     from sentence_transformers import CrossEncoder  # Only here, since it takes seconds.
 
     # It takes what is there.
@@ -209,6 +209,10 @@ def _chain(folder: Path, name: str, family: type[Reranker]) -> Loaded:
     with telling(f"the modules of {name}"):
         model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     model.eval()
+    if saved.instruction and not getattr(model[1], "include_prompt", True):
+        raise UnsupportedCheckpoint(
+            f"{name} pools without its prompt (include_prompt), which is not supported"
+        )
 
     def logits(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         scores: torch.Tensor = model(dict(batch))["scores"]

@@ -6,6 +6,9 @@ sentence-transformers keeps it; else the one that its publisher's code has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -24,14 +27,18 @@ KNOWN = {
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
 }
-#: What stands for a text until a template is taken apart; of no script.
-QUERY, DOCUMENT = "\ue000query\ue001", "\ue000document\ue001"
+#: What stands for a text until a template is taken apart: of no script, and without a case.
+QUERY, DOCUMENT = "\ue000\ue001", "\ue000\ue002"
+#: The share of a model's tokens that a prompt may take.
+SHARE = 0.25
+#: A query and a document → the text that a model reads of both, by its publisher's own means.
+Render = Callable[[str, str], str]
 
 
 def find(
     name: str, tokenizer: PreTrainedTokenizerBase, kept: Saved, instruction: str | None
-) -> Prompt:
-    """The prompt of a language model.
+) -> tuple[Prompt, Render]:
+    """The prompt of a language model, and the publisher's way to the same text.
 
     Args:
         name: of the checkpoint.
@@ -42,37 +49,56 @@ def find(
     Raises:
         UnsupportedCheckpoint: it has none, and none is known for its name.
     """
-    return _taken_apart(
-        _by_chat_template(tokenizer, kept, instruction or kept.instruction)
-        or _by_name(name, instruction or kept.instruction)
-    )
+    task = instruction or kept.instruction
+    render = _by_chat_template(tokenizer, kept, task) or _by_name(name, task)
+    return _taken_apart(render(QUERY, DOCUMENT)), render
+
+
+def refuse_long(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuses a prompt that would leave too little of the model for texts.
+
+    Raises:
+        UnsupportedCheckpoint: it says how many tokens it may have.
+    """
+    text = prompt.before + prompt.between + prompt.leading + prompt.after
+    tokens, most = len(tokenizer(text)["input_ids"]), int(SHARE * max_length)
+    if tokens > most:
+        raise UnsupportedCheckpoint(
+            f"the prompt has {tokens} tokens, and may have {most} of the model's {max_length}: "
+            "shorten the instruction"
+        )
 
 
 def _by_chat_template(
     tokenizer: PreTrainedTokenizerBase, kept: Saved, instruction: str | None
-) -> str | None:
-    """The text of a pair, or None where the template is for conversations only."""
-    pair = [{"role": "query", "content": QUERY}, {"role": "document", "content": DOCUMENT}]
-    system = [{"role": "system", "content": instruction}] if instruction else []
+) -> Render | None:
+    """None where the template is for conversations only."""
+
+    def render(query: str, document: str) -> str:
+        texts = {"system": instruction, "query": query, "document": document}
+        messages = [
+            {"role": role, "content": text} for role, text in texts.items() if text is not None
+        ]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kept.template_options)
+        return text
+
     if not tokenizer.chat_template:
         return None
+    told = "document" in str(tokenizer.chat_template)
     try:
-        text: str = tokenizer.apply_chat_template(
-            [*system, *pair], tokenize=False, **kept.template_options
-        )
+        text = render(QUERY, DOCUMENT)
     except (TemplateError, TypeError, ValueError) as error:
-        if "document" not in str(tokenizer.chat_template):
+        if not told:
             return None
         raise UnsupportedCheckpoint(f"its chat template fails: {one_line(error)}") from error
-    return text if QUERY in text and DOCUMENT in text else None
+    return render if told or (QUERY in text and DOCUMENT in text) else None
 
 
-def _by_name(name: str, instruction: str | None) -> str:
+def _by_name(name: str, instruction: str | None) -> Render:
     for part, template in KNOWN.items():
         # With an instruction, the user says that it is one of these.
         if part in name.lower() or instruction:
-            values = {"query": QUERY, "document": DOCUMENT}
-            return template.format(instruction=instruction or INSTRUCTION, **values)
+            return partial(_filled, template, instruction or INSTRUCTION)
     raise UnsupportedCheckpoint(
         f"the prompt of {name} is not known: keep it in the checkpoint, as a chat template with "
         f"the roles query and document, or name the task by --instruction, such as "
@@ -80,10 +106,15 @@ def _by_name(name: str, instruction: str | None) -> str:
     )
 
 
+def _filled(template: str, instruction: str, query: str, document: str) -> str:
+    return template.format(instruction=instruction, query=query, document=document)
+
+
 def _taken_apart(text: str) -> Prompt:
     before, _, rest = text.partition(QUERY)
     between, _, after = rest.partition(DOCUMENT)
-    if text.count(QUERY) + text.count(DOCUMENT) > 2 or not before + between + after:
+    once = text.count(QUERY) == text.count(DOCUMENT) == 1
+    if not once or text.index(QUERY) > text.index(DOCUMENT) or not before + between + after:
         raise UnsupportedCheckpoint(
             "its chat template must have the query once, and then the document once"
         )

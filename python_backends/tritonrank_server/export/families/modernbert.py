@@ -96,6 +96,10 @@ class ModernBertModel(nn.Module):
     def refuse(cls, config: Any) -> None:
         """What a config can ask for and these layers do not do."""
         refuse_activation("hidden_activation", config.hidden_activation)
+        if config.local_attention < 2:
+            raise UnsupportedCheckpoint(
+                f"local_attention {config.local_attention} is not supported: 2 tokens at least"
+            )
         for kind in set(config.layer_types):
             scaling = config.rope_parameters[kind]["rope_type"]
             if scaling != "default":
