@@ -88,7 +88,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
         reference=_reference(tokenizer, loaded, read, "left" if prompt.whole else "right"),
         unknown_id=tokenizer.unk_token_id,
         provenance={
-            "architecture": " and ".join(saved_.modules[1:] or config.architectures),
+            "architecture": " and ".join([*config.architectures, *saved_.modules[1:]]),
             "weights": f"sha256 {loaded.weights_hash()}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -230,10 +230,12 @@ def _give_weights(loaded: Loaded, precision: str) -> None:
         # Not left to the check on real pairs: they do not look up every row of the embeddings.
         if not parameter.detach().to(dtype).isfinite().all():
             raise UnsupportedCheckpoint(f"{name} holds NaN or infinity in {dtype}")
-    strange = weights.keys() - dict(reranker.named_parameters()).keys()
-    strange = {name for name in strange if not reranker.unused.match(name)}
+    places = dict(reranker.named_parameters()).keys()
+    strange = {name for name in weights.keys() - places if not reranker.unused.match(name)}
     if strange:
         raise UnsupportedCheckpoint(f"no place is known for {', '.join(sorted(strange))}")
+    if lacking := places - weights.keys():
+        raise UnsupportedCheckpoint(f"there is no {', '.join(sorted(lacking))}")
     arrays = {name: parameter.detach().numpy() for name, parameter in weights.items()}
     layers.load(reranker, arrays, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
     if precision == "int8":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from ..errors import ExportRefused, InvalidOutput
-from ..stages.cross_encoder import CrossEncoder
-from ..stages.pipeline import Pipeline
-from ..stages.tokenizer import PairTokenizer
+from ..errors import ExportRefused
+from ..stages.cross_encoder import CrossEncoder, Work
+from ..stages.tokenizer import PairTokenizer, Tokens
 from . import reading
 from .progress import shown
 from .source import Source
@@ -108,12 +107,19 @@ class Expected:
         Raises:
             ExportRefused: the graph gives NaN or infinity.
         """
-        actual = _logits(Pipeline(pairs, CrossEncoder(graph)), self.requests)
+        requests = [
+            pairs.read(each["query"].encode(), [text.encode() for text in each["documents"]])
+            for each in self.requests
+        ]
+        batch = pairs.encode(requests)
+        run = _by_session if precision == "fp16" else _by_scorer
+        actual = [_of_finite(logits) for logits in run(graph, batch)]
         every, alone = np.concatenate(self.logits), np.concatenate(actual)
         spread, error = float(np.ptp(every)), float(np.abs(every - alone).max())
         batch_error = None
         if precision != "int8":
-            together = _logits_of_one_execution(graph, pairs, self.requests)
+            # As Triton does for its backend.
+            together = _logits(_session(graph), _concatenated(batch))
             batch_error = float(np.abs(together - alone).max()) / spread
         rankings = list(zip(self.logits, actual))[:-1]
         return Difference(
@@ -138,30 +144,45 @@ def _sample(source: Source) -> list[Request]:
     return [*requests, {"query": requests[0]["query"], "documents": long}]
 
 
-def _logits(exported: Pipeline, requests: Sequence[Request]) -> list[Float32]:
-    """Of each request, FP32 [N], in the order of its documents."""
-    try:
-        bars = shown(requests, "Running the graph")
-        rankings = [exported.rank(each["query"], each["documents"]) for each in bars]
-    except InvalidOutput as error:
-        raise ExportRefused(f"on the sample {error}. Nothing was published") from error
-    return [ranking.logits[np.argsort(ranking.indices)] for ranking in rankings]
+def _by_scorer(graph: Path, batch: Sequence[Tokens]) -> Iterator[Float32]:
+    """Logits of each request, FP32 [N], as they are served on a CPU."""
+    scorer = CrossEncoder(graph)
+    for tokens in shown(batch, "Running the graph"):
+        [relevance] = scorer.score([Work(tokens)])
+        assert relevance  # Only a cancelled request has none.
+        yield relevance.logits
 
 
-def _logits_of_one_execution(
-    graph: Path, tokenizer: PairTokenizer, requests: Sequence[Request]
-) -> Float32:
-    """FP32 [N], of the documents of all requests, concatenated as Triton does for its backend."""
-    batch = tokenizer.encode(
-        [
-            tokenizer.read(each["query"].encode(), [text.encode() for text in each["documents"]])
-            for each in requests
-        ]
-    )
-    inputs = [tokens.inputs() for tokens in batch]
-    feed = {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+def _by_session(graph: Path, batch: Sequence[Tokens]) -> Iterator[Float32]:
+    """The same, of a graph that is not: the scorer would write its weights in FP32."""
+    session = _session(graph)
+    for tokens in shown(batch, "Running the graph"):
+        yield np.concatenate([_logits(session, each.inputs()) for each in tokens.documents()])
+
+
+def _session(graph: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    # It would have the weights twice, for a little speed.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _logits(session: ort.InferenceSession, feed: dict[str, Any]) -> Float32:
     logits: Float32 = session.run(["logits"], feed)[0][:, 0]
+    return logits
+
+
+def _concatenated(batch: Sequence[Tokens]) -> dict[str, Any]:
+    inputs = [tokens.inputs() for tokens in batch]
+    return {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
+
+
+def _of_finite(logits: Float32) -> Float32:
+    if not np.isfinite(logits).all():
+        raise ExportRefused(
+            "the graph gives no finite logit for a document of the sample: export it at a higher "
+            "precision. Nothing was published"
+        )
     return logits
 
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import onnx
@@ -128,6 +128,8 @@ class Frame(ABC):
         self.longest = op.ReduceMax(self.size, keepdims=0)
         #: INT64 [L]
         self.place = op.Range(0, self.longest, 1)
+        # Of this frame, and gone with it: it leads to the weights.
+        self._angles, self._nearby = cache(self._angles_of), cache(self._nearby_of)
         self._stand(ids, op.Cast(query_lengths, to=INT64))
 
     @abstractmethod
@@ -188,8 +190,7 @@ class Frame(ABC):
         angles = self._angles(theta, width, rows.dtype)
         return microsoft(self.op, "RotaryEmbedding", rows, rows, self.positions, *angles)
 
-    @lru_cache(2)  # noqa: B019
-    def _angles(self, theta: float, width: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    def _angles_of(self, theta: float, width: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """Cosine and sine by position, [L or ``BLOCK``, width / 2]."""
         op = self.op
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
@@ -215,8 +216,7 @@ class Frame(ABC):
             value: [rows, groups · D].
             heads: of queries.
             groups: of heads (Ainslie et al. 2023).
-            theta: as of ``rotate``. The operator rotates what is apart, since a GPU's kernel for
-                ``rotate`` takes 65,535 packed rows at most.
+            theta: as of ``rotate``, which the operator does itself.
         """
         op = self.op
         angles = self._angles(theta, query.shape[-1] // heads, query.dtype)
@@ -239,7 +239,7 @@ class Frame(ABC):
         width = query.shape[-1]
         keys, values = (self._around(self._blocks(rows, window)) for rows in (key, value))
         queries = op.Reshape(self._blocks(query, window), [-1, window, width])
-        inputs = (queries, keys, values, None, None, op.CastLike(self._nearby(window), query))
+        inputs = (queries, keys, values, None, None, self._nearby(window, query.dtype))
         attended = microsoft(op, "MultiHeadAttention", queries, *inputs, num_heads=heads)
         documents = op.Shape(self.size, start=0, end=1)
         places = op.Reshape(attended, op.Concat(documents, [-1, width], axis=0))
@@ -263,9 +263,8 @@ class Frame(ABC):
         three = [op.Slice(padded, [i], [end], [1]) for i, end in ((0, -2), (1, -1), (2, 2**62))]
         return op.Reshape(op.Concat(*three, axis=2), [-1, 3 * window, width])
 
-    @lru_cache(1)  # noqa: B019
-    def _nearby(self, window: int) -> ir.Value:
-        """FP32 [N · M, 1, window, 3 · window]: 0 where a token may attend, else far below it."""
+    def _nearby_of(self, window: int, dtype: ir.DataType) -> ir.Value:
+        """[N · M, 1, window, 3 · window]: 0 where a token may attend, else far below it."""
         op = self.op
         blocks = op.Range(0, op.Div(op.Add(self.longest, window - 1), window), 1)
         place = np.arange(3 * window) - window
@@ -274,7 +273,8 @@ class Frame(ABC):
         real = op.And(op.GreaterOrEqual(key, 0), op.Less(key, size))
         near = np.abs(np.arange(window)[:, None] - place) <= window
         seen = op.And(op.Unsqueeze(real, [2]), op.Constant(value=ir.tensor(near)))
-        return op.Reshape(op.Where(seen, 0.0, FAR), [-1, 1, window, 3 * window])
+        added = op.Cast(op.Where(seen, 0.0, FAR), to=dtype)
+        return op.Reshape(added, [-1, 1, window, 3 * window])
 
 
 class Even(Frame):

@@ -25,7 +25,7 @@ from .tokenizer import Tokens
 
 Float32 = npt.NDArray[np.float32]
 #: The kernel of the first took three times as long as an addition and a normalisation apart.
-#: By the second, ONNX Runtime 1.32 ends with a signal on DeBERTa in FP16, at its check.
+#: By the second, ONNX Runtime 1.32 ends with a signal on DeBERTa in FP16.
 SLOWER_OR_BROKEN = ["SkipLayerNormFusion", "MatmulTransposeFusion"]
 #: What yields to everything else that would run; see nice(2).
 LOWEST = 19
