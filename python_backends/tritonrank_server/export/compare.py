@@ -50,6 +50,9 @@ class Difference:
     batch_error: float | None
 
 
+#: Those in which documents of all requests are run together.
+EXECUTIONS = 6
+
 #: What a precision may cost: (attribute, limit, whether the limit is a ceiling). FP32 computes the
 #: same numbers in another order. FP16 keeps 11 bits of each. INT8 moves logits visibly, so there it
 #: is the ranking that must hold, and of documents alone: its graph takes one an execution, since
@@ -118,8 +121,7 @@ class Expected:
         spread, error = float(np.ptp(every)), float(np.abs(every - alone).max())
         batch_error = None
         if precision != "int8":
-            # As Triton does for its backend.
-            together = _logits(_session(graph), _concatenated(batch))
+            together = _together(graph, batch)
             batch_error = float(np.abs(together - alone).max()) / spread
         rankings = list(zip(self.logits, actual))[:-1]
         return Difference(
@@ -172,9 +174,25 @@ def _logits(session: ort.InferenceSession, feed: dict[str, Any]) -> Float32:
     return logits
 
 
-def _concatenated(batch: Sequence[Tokens]) -> dict[str, Any]:
-    inputs = [tokens.inputs() for tokens in batch]
-    return {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
+def _together(graph: Path, batch: Sequence[Tokens]) -> Float32:
+    """FP32 [N] of all documents, many an execution, concatenated as Triton does for its backend.
+
+    Each execution has some of every request, long ones and short ones; all in one would take more
+    memory than the weights do.
+    """
+    session = _session(graph)
+    logits = [np.zeros(len(tokens.lengths), np.float32) for tokens in batch]
+    for i in range(EXECUTIONS):
+        some = slice(i, None, EXECUTIONS)
+        inputs = [
+            Tokens(each.input_ids[some], each.lengths[some], each.query_lengths[some]).inputs()
+            for each in batch
+        ]
+        feed = {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
+        found = iter(_logits(session, feed))
+        for whole in logits:
+            whole[some] = [next(found) for _ in whole[some]]
+    return np.concatenate(logits)
 
 
 def _of_finite(logits: Float32) -> Float32:
