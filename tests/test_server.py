@@ -387,9 +387,9 @@ def test_nan_is_an_error_of_its_own_request_only(int8_repository: Path, tmp_path
     repository = new_repository(tmp_path / "repository")
     current = repository / "cross_encoder" / "current"
     current.mkdir()
-    tokenizer = int8_repository / "tokenizer" / "1" / "tokenizer.json"
-    (current / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    (current / "export.json").write_text("{}")
+    for name in ("tokenizer.json", "export.json"):
+        source = int8_repository / "tokenizer" / "1" / name
+        (current / name).write_bytes(source.read_bytes())
     graph = onnx.parser.parse_model(NAN_BEYOND_40_TOKENS.replace("{nan}", "{0}"))
     constant = next(node for node in graph.graph.node if "not_a_number" in node.output)
     constant.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.float32("nan")))

@@ -223,9 +223,17 @@ def column(*values: float) -> np.ndarray:
     return np.float32(values)[:, None]
 
 
-def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> None:
+def sorter(repository: Path) -> dict[str, str]:
+    """Triton's arguments for it."""
+    folder = str(repository / "sorter")
+    return {"model_name": "sorter", "model_repository": folder, "model_version": "1"}
+
+
+def test_each_request_of_a_batch_gets_its_own_answer(
+    adapter: ModuleType, int8_repository: Path
+) -> None:
     model = adapter.SorterModel()
-    model.initialize({"model_name": "sorter"})
+    model.initialize(sorter(int8_repository))
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
     answers = model.execute(
         [
@@ -247,17 +255,17 @@ def test_each_request_of_a_batch_gets_its_own_answer(adapter: ModuleType) -> Non
     assert "the server failed" in str(answers[4].error)
 
 
-def test_what_fails_the_batch_fails_alone(adapter: ModuleType) -> None:
+def test_what_fails_the_batch_fails_alone(adapter: ModuleType, int8_repository: Path) -> None:
     class Picky(adapter.SorterModel):  # type: ignore[name-defined,misc]
         def run(self, batch: Any) -> Any:
-            if any(ranking.logits.max() > 9 for ranking in batch):
+            if any(ranking["LOGITS"].max() > 9 for ranking in batch):
                 raise MemoryError
             return batch
 
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
     poison = {"logits": column(10), "scores": column(1)}
     model = Picky()
-    model.initialize({"model_name": "sorter"})
+    model.initialize(sorter(int8_repository))
     answers = model.execute([request(**each) for each in (good, poison, good, poison)])
     model.finalize()
     codes = [answer.error and answer.error.code() for answer in answers]

@@ -9,13 +9,15 @@ from .errors import (
     RerankTimeoutError,
     ServerUnavailableError,
 )
-from .protocol import RankedDocument
+from .protocol import Model, RankedDocument, Ranking
 
 __all__ = [
     "TLS",
     "AsyncRerankClient",
     "InvalidRequestError",
+    "Model",
     "RankedDocument",
+    "Ranking",
     "RerankClient",
     "RerankError",
     "RerankTimeoutError",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import arguments, protocol
+from .cache import PairCache
 from .connection import TLS, Endpoint
 from .errors import closed, from_rpc
-from .protocol import RankedDocument
+from .protocol import Ranking
 
 
 class AsyncRerankClient:
@@ -26,6 +28,7 @@ class AsyncRerankClient:
         url: ``HOST:PORT``, or several; calls go round the servers that are up.
         timeout: seconds that a call may take, retries included.
         tls: transport security; default, none.
+        cache: how many pairs to remember the scores of.
 
     Raises:
         TypeError, ValueError, OSError: see ``RerankClient``.
@@ -37,12 +40,14 @@ class AsyncRerankClient:
         *,
         timeout: float = 10.0,
         tls: TLS | None = None,
+        cache: int = 0,
     ) -> None:
         self._timeout = arguments.seconds(timeout)
         self._endpoint = Endpoint.of(url, tls)
         self._channels: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}
         self._closed = False
         self._limit: int | None = None
+        self.cache = PairCache(cache) if cache else None
 
     async def __aenter__(self) -> AsyncRerankClient:
         return self
@@ -68,12 +73,36 @@ class AsyncRerankClient:
         timeout: float | None = None,
         bulk: bool = False,
         request_id: str = "",
-    ) -> list[RankedDocument]:
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> Ranking:
         """Ranks the documents; see ``RerankClient.rank``."""
         timeout = self._timeout if timeout is None else arguments.seconds(timeout)
         arguments.check(query, top_k, bulk, request_id)
         documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
+        ask = partial(self._ask, query, deadline, bulk, request_id, metadata)
+        if not self.cache or not documents or (top_k is not None and top_k < 1):
+            return await ask(documents, top_k)
+        steps = self.cache.rank(query, documents, top_k)
+        answer: Ranking | None = None
+        while True:
+            try:
+                asked = steps.send(answer)  # type: ignore[arg-type]
+            except StopIteration as end:
+                ranking: Ranking = end.value
+                return ranking
+            answer = await ask(asked, None)
+
+    async def _ask(
+        self,
+        query: str,
+        deadline: float,
+        bulk: bool,
+        request_id: str,
+        metadata: Sequence[tuple[str, str]],
+        documents: Sequence[str],
+        top_k: int | None,
+    ) -> Ranking:
         try:
             limit = await self._document_limit(deadline)
             bulk = bulk or len(documents) > limit
@@ -85,7 +114,9 @@ class AsyncRerankClient:
                         await calls[-protocol.PARTS_UNDER_WAY]
                     remaining = deadline - time.monotonic()
                     message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
-                    calls.append(self._stub.ModelInfer(message, timeout=remaining))
+                    calls.append(
+                        self._stub.ModelInfer(message, timeout=remaining, metadata=metadata)
+                    )
                 responses = await asyncio.gather(*calls)
             finally:  # Does nothing to a call that is done.
                 for call in calls:
@@ -98,6 +129,16 @@ class AsyncRerankClient:
             raise
         rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
         return protocol.merge(rankings, top_k)
+
+    async def is_ready(self, timeout: float | None = None) -> bool:
+        """Whether a server is ready to rank; see ``RerankClient.is_ready``."""
+        timeout = self._timeout if timeout is None else arguments.seconds(timeout)
+        try:
+            answer = await self._stub.ModelReady(protocol.READY_REQUEST, timeout=timeout)
+        except grpc.RpcError:
+            return False
+        ready: bool = answer.ready
+        return ready
 
     @property
     def _stub(self) -> Any:

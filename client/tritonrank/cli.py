@@ -18,13 +18,30 @@ from .connection import TLS
 from .errors import RerankError
 from .table import format_table
 
-#: Commands of the server side: module, the extra that it needs. The client installs without them.
-SERVER_COMMANDS = {
-    "serve": ("serving.serve", "serving", "serve the model repository with the embedded Triton"),
-    "export": ("export.command", "export", "export a checkpoint into the model repository"),
-    "demo": ("serving.demo", "serving", "rank a sample with the embedded Triton"),
+#: Commands that the client installs without: module, the extra that it needs.
+FURTHER_COMMANDS = {
+    "gateway": (
+        "tritonrank.gateway.command",
+        "gateway",
+        "serve the rerank APIs of others over HTTP, in front of Triton",
+    ),
+    "serve": (
+        "tritonrank_server.serving.serve",
+        "serving",
+        "serve the model repository with the embedded Triton",
+    ),
+    "export": (
+        "tritonrank_server.export.command",
+        "export",
+        "export a checkpoint into the model repository",
+    ),
+    "demo": (
+        "tritonrank_server.serving.demo",
+        "serving",
+        "rank a sample with the embedded Triton",
+    ),
     "capacity": (
-        "serving.capacity",
+        "tritonrank_server.serving.capacity",
         "serving",
         "tell how many servers a load needs, from a load test",
     ),
@@ -37,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # As what comes in.
     try:
-        if arguments and arguments[0] in SERVER_COMMANDS:
-            status = _server_command(*arguments)
+        if arguments and arguments[0] in FURTHER_COMMANDS:
+            status = _further_command(*arguments)
         else:
             status = _rank(_parser().parse_args(arguments))
         print(end="", flush=True)
@@ -53,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _server_command(name: str, *arguments: str) -> int:
-    path, extra, _ = SERVER_COMMANDS[name]
+def _further_command(name: str, *arguments: str) -> int:
+    path, extra, _ = FURTHER_COMMANDS[name]
     try:
-        module = importlib.import_module(f"tritonrank_server.{path}")
+        module = importlib.import_module(path)
         status: int = module.main(list(arguments))
     except ModuleNotFoundError as error:
         print(
@@ -94,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     tls = rank.add_argument_group("TLS", "PEM files, any of which asks for it.")
     for name in ("root-certificates", "private-key", "certificate-chain"):
         tls.add_argument(f"--{name}", type=Path, metavar="FILE")
-    for name, (_, _, text) in SERVER_COMMANDS.items():
+    for name, (_, _, text) in FURTHER_COMMANDS.items():
         commands.add_parser(name, help=text)
     return parser
 

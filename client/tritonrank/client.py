@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from . import arguments, protocol
+from .cache import PairCache
 from .connection import TLS, Endpoint
 from .errors import closed, from_rpc
-from .protocol import RankedDocument
+from .protocol import Ranking
 
 
 class RerankClient:
@@ -22,6 +24,11 @@ class RerankClient:
         url: ``HOST:PORT``, or several; calls go round the servers that are up.
         timeout: seconds that a call may take, retries included.
         tls: transport security; default, none.
+        cache: how many pairs to remember the scores of, for an update of the model at most a
+            second longer than it is served; default, none.
+
+    Attributes:
+        cache: that, or None.
 
     Raises:
         TypeError, ValueError: an argument that cannot be meant; the message names it.
@@ -34,6 +41,7 @@ class RerankClient:
         *,
         timeout: float = 10.0,
         tls: TLS | None = None,
+        cache: int = 0,
     ) -> None:
         self._timeout = arguments.seconds(timeout)
         self._endpoint = Endpoint.of(url, tls)
@@ -41,6 +49,7 @@ class RerankClient:
         self._closed = False
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._limit: int | None = None
+        self.cache = PairCache(cache) if cache else None
 
     def __enter__(self) -> RerankClient:
         return self
@@ -61,7 +70,8 @@ class RerankClient:
         timeout: float | None = None,
         bulk: bool = False,
         request_id: str = "",
-    ) -> list[RankedDocument]:
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> Ranking:
         """Ranks the documents by how well they answer the query, best first.
 
         More documents than a request may have are split, scored concurrently and merged.
@@ -75,6 +85,7 @@ class RerankClient:
             bulk: whether it goes after all calls that are not, in small parts, so that they wait
                 for one at most. A call of more documents than a request may have always does.
             request_id: stands in the server's log and traces.
+            metadata: of the gRPC call, such as ``traceparent``.
 
         Raises:
             InvalidRequestError: the server refused the request, and says why.
@@ -89,6 +100,29 @@ class RerankClient:
         arguments.check(query, top_k, bulk, request_id)
         documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
+        ask = partial(self._ask, query, deadline, bulk, request_id, metadata)
+        if not self.cache or not documents or (top_k is not None and top_k < 1):
+            return ask(documents, top_k)
+        steps = self.cache.rank(query, documents, top_k)
+        answer: Ranking | None = None
+        while True:
+            try:
+                asked = steps.send(answer)  # type: ignore[arg-type]
+            except StopIteration as end:
+                ranking: Ranking = end.value
+                return ranking
+            answer = ask(asked, None)
+
+    def _ask(
+        self,
+        query: str,
+        deadline: float,
+        bulk: bool,
+        request_id: str,
+        metadata: Sequence[tuple[str, str]],
+        documents: Sequence[str],
+        top_k: int | None,
+    ) -> Ranking:
         try:
             limit = self._document_limit(deadline)
             bulk = bulk or len(documents) > limit
@@ -100,7 +134,9 @@ class RerankClient:
                         calls[-protocol.PARTS_UNDER_WAY].result()
                     remaining = deadline - time.monotonic()
                     message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
-                    calls.append(self._stub.ModelInfer.future(message, timeout=remaining))
+                    calls.append(
+                        self._stub.ModelInfer.future(message, timeout=remaining, metadata=metadata)
+                    )
                 responses = [call.result() for call in calls]
             finally:  # Does nothing to a call that is done.
                 for call in calls:
@@ -113,6 +149,16 @@ class RerankClient:
             raise
         rankings = (protocol.ranking(r, *part) for r, part in zip(responses, parts))
         return protocol.merge(rankings, top_k)
+
+    def is_ready(self, timeout: float | None = None) -> bool:
+        """Whether a server that is up is ready to rank; a server that does not answer is not."""
+        timeout = self._timeout if timeout is None else arguments.seconds(timeout)
+        try:
+            answer = self._stub.ModelReady(protocol.READY_REQUEST, timeout=timeout)
+        except grpc.RpcError:
+            return False
+        ready: bool = answer.ready
+        return ready
 
     def _document_limit(self, deadline: float) -> int:
         if self._limit is None:

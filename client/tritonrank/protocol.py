@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import accumulate, pairwise, repeat
 
 import numpy as np
 from tritonclient.grpc import service_pb2
 
 #: The model whose batch size is the server's limit of documents.
 LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
+
+#: Ready when all its stages are.
+READY_REQUEST = service_pb2.ModelReadyRequest(name="reranker")
 
 #: The most documents of a part of a bulk call: what an execution of the CPU scorer has, so that few
 #: other requests are answered together with it. The others wait for the one that runs, at most.
@@ -31,13 +36,58 @@ class RankedDocument:
         score: after the model's activation; for a sigmoid, between 0 and 1.
         logit: before it; it tells documents apart where the scores are all near 1.
         document: its text.
+        tokens: that the model read of the pair; None from a server before 0.4, as the next one.
+        truncated: whether any text of the pair was left unread.
     """
 
     index: int
     score: float
     logit: float
     document: str
+    tokens: int | None = None
+    truncated: bool | None = None
 
+
+@dataclass(frozen=True)
+class Model:
+    """The model that answered.
+
+    Attributes:
+        name: of its checkpoint.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        max_length: the most tokens of a pair; what is beyond is left unread.
+        activation: what makes scores of logits, by ONNX's name.
+        revision: of its export: another one may give other scores.
+    """
+
+    name: str
+    precision: str
+    max_length: int
+    activation: str
+    revision: str
+
+
+class Ranking(list[RankedDocument]):
+    """Documents, best first.
+
+    Attributes:
+        model: that scored them; None if the server does not tell, or if several servers answered
+            parts of the call with different ones.
+    """
+
+    def __init__(self, documents: Iterable[RankedDocument], model: Model | None) -> None:
+        super().__init__(documents)
+        self.model = model
+
+
+#: The outputs of a request's documents, and their types.
+COLUMNS = (
+    ("INDICES", "<i4"),
+    ("SCORES", "<f4"),
+    ("LOGITS", "<f4"),
+    ("TOKENS", "<i4"),
+    ("TRUNCATED", "?"),
+)
 
 #: The index that it starts at, and its documents.
 Part = tuple[int, Sequence[str]]
@@ -97,20 +147,30 @@ def _strings(texts: Sequence[str]) -> bytes:
 
 def ranking(
     response: service_pb2.ModelInferResponse, start: int, documents: Sequence[str]
-) -> list[RankedDocument]:
+) -> Ranking:
     """The ranking of the part that starts at index ``start``."""
     raw = dict(zip((each.name for each in response.outputs), response.raw_output_contents))
     columns = (
-        np.frombuffer(raw[name], dtype).tolist()
-        for name, dtype in (("INDICES", "<i4"), ("SCORES", "<f4"), ("LOGITS", "<f4"))
+        np.frombuffer(raw[name], dtype).tolist() if name in raw else repeat(None)
+        for name, dtype in COLUMNS
     )
-    return [
-        RankedDocument(start + index, score, logit, documents[index])
-        for index, score, logit in zip(*columns)
-    ]
+    ranked = (
+        RankedDocument(start + index, score, logit, documents[index], *others)
+        for index, score, logit, *others in zip(*columns)
+    )
+    return Ranking(ranked, _model(raw["MODEL"][4:]) if "MODEL" in raw else None)
 
 
-def merge(rankings: Iterable[list[RankedDocument]], top_k: int | None) -> list[RankedDocument]:
+@lru_cache(16)
+def _model(content: bytes) -> Model:
+    known = json.loads(content)
+    return Model(*(known[each.name] for each in fields(Model)))
+
+
+def merge(rankings: Iterable[Ranking], top_k: int | None) -> Ranking:
     """One ranking of all parts: by logit, descending, ties by index."""
+    rankings = list(rankings)
     every = (document for ranking in rankings for document in ranking)
-    return sorted(every, key=lambda each: (-each.logit, each.index))[:top_k]
+    ordered = sorted(every, key=lambda each: (-each.logit, each.index))[:top_k]
+    models = {ranking.model for ranking in rankings}
+    return Ranking(ordered, models.pop() if len(models) == 1 else None)

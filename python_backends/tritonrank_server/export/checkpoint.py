@@ -84,6 +84,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
         tokenizer=backend,
         max_length=max_length,
         prompt=prompt,
+        activation=activation,
         read=lambda query, documents: read(query, documents)["input_ids"],
         reference=_reference(tokenizer, loaded, read, "left" if prompt.whole else "right"),
         unknown_id=tokenizer.unk_token_id,

@@ -98,6 +98,7 @@ def _written(
         "checkpoint": source.name,
         "precision": precision,
         "max_length": source.max_length,
+        "activation": source.activation,
         "prompt": asdict(source.prompt),
         **source.provenance,
         **{name: version(name) for name in libraries},

@@ -88,6 +88,7 @@ def int8_source() -> Source:
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
         prompt=NO_PROMPT,
+        activation=ACTIVATION,
         read=partial(_read, tokenizer),
         reference=_fp32_logits(tokenizer),
         unknown_id=tokenizer.token_to_id("[UNK]"),

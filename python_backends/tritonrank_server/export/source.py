@@ -24,6 +24,7 @@ class Source:
         tokenizer: with truncation at the model's max length, and without padding.
         max_length: the most tokens of a pair.
         prompt: what the model reads besides.
+        activation: of the logits, by ONNX's name.
         read: query and documents → N lists of ids, as the checkpoint's own tokenizer has them.
         reference: query and documents → FP32 [N], the logits of the checkpoint's own FP32 model.
         unknown_id: what stands for a word that the tokenizer does not know, where it has such.
@@ -35,6 +36,7 @@ class Source:
     tokenizer: Tokenizer
     max_length: int
     prompt: Prompt
+    activation: str
     read: Callable[[str, list[str]], list[list[int]]]
     reference: Callable[[str, list[str]], npt.NDArray[np.float32]]
     unknown_id: int | None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..errors import InvalidInput
+from . import card
 
 Int32 = npt.NDArray[np.int32]
+Bool = npt.NDArray[np.bool_]
 
 #: What fills the short rows of ``input_ids``. No token has this id, whereas the id of ``[PAD]``
 #: stands in any document that contains that text.
@@ -52,13 +53,14 @@ class Tokens:
         input_ids: INT32 [N, L], row i holds pair i's tokens, then ``FILL``.
         lengths: INT32 [N], the tokens of each pair.
         query_lengths: INT32 [N], the tokens of ``[CLS] query [SEP]`` that each pair begins with.
-        truncated: how many of the documents were cut to fit the model.
+        truncated: BOOL [N], whether any text of each pair was left unread; empty where only the
+            graph has it.
     """
 
     input_ids: Int32
     lengths: Int32
     query_lengths: Int32
-    truncated: int = 0
+    truncated: Bool = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def inputs(self) -> dict[str, Int32]:
         """The graph's inputs: ``input_ids`` [N·L], ``lengths`` and ``query_lengths`` [N, 1]."""
@@ -77,10 +79,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pairs:
-    """One valid request: the ids of ``[CLS] query [SEP]``, INT32 [Q], and the documents' text."""
+    """One valid request.
+
+    Attributes:
+        query_ids: INT32 [Q], the ids of ``[CLS] query [SEP]``.
+        documents: as much of each text as is read.
+        truncated: BOOL [N], whether that, or the query, is not all.
+    """
 
     query_ids: Int32
     documents: list[str]
+    truncated: Bool
 
 
 @dataclass(frozen=True)
@@ -137,8 +146,8 @@ class PairTokenizer:
     @classmethod
     def of(cls, folder: Path, max_documents: int) -> PairTokenizer:
         """That of an export's folder."""
-        card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        return cls(folder / "tokenizer.json", max_documents, Prompt(**card.get("prompt", {})))
+        prompt = Prompt(**card.read(folder).get("prompt", {}))
+        return cls(folder / "tokenizer.json", max_documents, prompt)
 
     def read(self, query: bytes, documents: Sequence[bytes]) -> Pairs:
         """Checks one request, and encodes its query.
@@ -155,8 +164,9 @@ class PairTokenizer:
                 f"{self._max_documents}: split it, and merge the rankings by LOGITS"
             )
         texts = [_decode(document, f"DOCUMENTS[{i}]") for i, document in enumerate(documents)]
-        query_ids = self._encode_query(_decode(query, "QUERY"))
-        return Pairs(query_ids, [text[: self._max_characters] for text in texts])
+        query_ids, cut = self._encode_query(_decode(query, "QUERY"))
+        truncated = np.array([cut or len(text) > self._max_characters for text in texts])
+        return Pairs(query_ids, [text[: self._max_characters] for text in texts], truncated)
 
     def encode(self, batch: Sequence[Pairs]) -> list[Tokens]:
         """Encodes the documents of several requests in one call; one result a request."""
@@ -164,11 +174,11 @@ class PairTokenizer:
         texts = [leading + text for pairs in batch for text in pairs.documents]
         encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         return [
-            self._assemble(pairs.query_ids, [next(encodings).ids for _ in pairs.documents])
-            for pairs in batch
+            self._assemble(pairs, [next(encodings).ids for _ in pairs.documents]) for pairs in batch
         ]
 
-    def _encode_query(self, query: str) -> Int32:
+    def _encode_query(self, query: str) -> tuple[Int32, bool]:
+        """With what stands around it; and whether it was cut."""
         if not any(map(_is_visible, query)):
             raise InvalidInput("QUERY is blank: send a query with at least one visible character")
         if len(query) > self._max_characters:
@@ -183,11 +193,12 @@ class PairTokenizer:
                 f"QUERY has more tokens than the model has positions, {self.max_length}: "
                 "shorten it, or send the long text as a document"
             )
-        if len(ids) > self._share:
+        cut = len(ids) > self._share
+        if cut:
             end = len(self._prompt.before) + len(query)
             last = len(ids) - sum(start >= end for start, _ in encoding.offsets)
             ids = [*ids[: self._share - len(ids) + last], *ids[last:]]
-        return np.array([*self._prefix, *ids, *self._middle], np.int32)
+        return np.array([*self._prefix, *ids, *self._middle], np.int32), cut
 
     def is_cut(self, query: str) -> bool:
         """Whether a query has more tokens than its share."""
@@ -201,9 +212,10 @@ class PairTokenizer:
     def _share(self) -> int:
         return int(QUERY_SHARE * self.max_length) - len(self._prefix) - len(self._middle)
 
-    def _assemble(self, query_ids: Int32, documents: list[list[int]]) -> Tokens:
+    def _assemble(self, pairs: Pairs, documents: list[list[int]]) -> Tokens:
+        query_ids = pairs.query_ids
         room = self.max_length - len(query_ids) - len(self._suffix)
-        truncated = sum(len(document) > room for document in documents)
+        beyond = np.array([len(document) > room for document in documents])
         for document in documents:
             document[room:] = self._suffix  # Cut, and ended.
         tails = np.array([len(document) for document in documents], np.int32)
@@ -217,7 +229,7 @@ class PairTokenizer:
             input_ids,
             lengths=len(query_ids) + tails,
             query_lengths=np.full_like(tails, len(query_ids)),
-            truncated=truncated,
+            truncated=pairs.truncated | beyond,
         )
 
 

@@ -24,11 +24,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ..errors import InvalidInput, InvalidOutput, Overloaded
-from . import numpy2
+from . import card, numpy2
 from .admission import UNBOUNDED, Float64, Ledger, Size
 from .cross_encoder import CrossEncoder, Relevance, Scoring, Work, is_lone
 from .shm import stages_prefix
-from .sorter import Ranking, rank
+from .sorter import rank
 from .tokenizer import Pairs, PairTokenizer, Tokens
 
 # Stubs of the embedded server may be older than this NumPy.
@@ -41,6 +41,7 @@ SWITCH_INTERVAL = 2e-4
 
 Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
+_Sorted = dict[str, np.ndarray[Any, Any]]
 
 
 class _Stage(ABC, Generic[Decoded, Result]):
@@ -197,7 +198,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
         results = self._tokenizer.encode([pairs for pairs, _ in batch])
         for tokens in results:
             self._documents.add(len(tokens.lengths))
-            self._truncated.add(tokens.truncated)
+            self._truncated.add(int(tokens.truncated.sum()))
             self._tokens.add(int(tokens.lengths.sum()))
         return [(tokens, ticket) for tokens, (_, ticket) in zip(results, batch)]
 
@@ -207,6 +208,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
             "input_ids": tokens.input_ids,
             "lengths": tokens.lengths[:, None],
             "query_lengths": tokens.query_lengths[:, None],
+            "truncated": tokens.truncated[:, None],
             "ticket": ticket[None],
         }
 
@@ -276,26 +278,44 @@ class CrossEncoderModel(_Stage[Work, Any]):
         return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
 
 
-class SorterModel(_Stage[Ranking, Ranking]):
-    """logits and scores FP32 [N, 1], ticket FP64 [1, 6]?, TOP_K INT32 [1]? → the outputs [K]."""
+#: What the sorter passes on of each document, beside its logit: its input → its output.
+PASSED_ON = {"lengths": "TOKENS", "truncated": "TRUNCATED"}
+
+
+class SorterModel(_Stage[_Sorted, _Sorted]):
+    """logits and scores FP32 [N, 1], ticket FP64 [1, 6]?, lengths INT32 [N, 1]?, truncated BOOL
+    [N, 1]?, TOP_K INT32 [1]? → the outputs [K], and MODEL BYTES [1].
+    """
 
     def load(self, args: dict[str, str]) -> None:
         self._ledger = _ledger()
+        self._model = np.array([card.identity(_version_folder(args))], object)
 
     def finalize(self) -> None:
         self._ledger.close()
 
-    def decode(self, request: Any) -> Ranking:
-        ticket = pb_utils.get_input_tensor_by_name(request, "ticket")
-        # None where it did not come by way of the ensemble.
-        for row in () if ticket is None else ticket.as_numpy():
+    def decode(self, request: Any) -> _Sorted:
+        # Those of the tokenizer are there where it came by way of the ensemble.
+        names = ("ticket", *PASSED_ON, "TOP_K")
+        found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
+        optional = {name: each.as_numpy() for name, each in found.items() if each is not None}
+        for row in optional.get("ticket", ()):
             self._ledger.strike_out(row)
         relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
-        top_k = pb_utils.get_input_tensor_by_name(request, "TOP_K")
-        return rank(relevance, None if top_k is None else top_k.as_numpy().item())
+        ranking = rank(relevance, optional["TOP_K"].item() if "TOP_K" in optional else None)
+        return {
+            "INDICES": ranking.indices,
+            "SCORES": ranking.scores,
+            "LOGITS": ranking.logits,
+            "MODEL": self._model,
+        } | {
+            output: optional[name][ranking.indices, 0]
+            for name, output in PASSED_ON.items()
+            if name in optional
+        }
 
-    def run(self, batch: Sequence[Ranking]) -> Sequence[Ranking]:
+    def run(self, batch: Sequence[_Sorted]) -> Sequence[_Sorted]:
         return batch
 
-    def encode(self, result: Ranking) -> dict[str, np.ndarray[Any, Any]]:
-        return {"INDICES": result.indices, "SCORES": result.scores, "LOGITS": result.logits}
+    def encode(self, result: _Sorted) -> _Sorted:
+        return result

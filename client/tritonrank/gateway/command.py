@@ -1,0 +1,200 @@
+"""``tritonrank gateway``: the HTTP server in the foreground until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+
+from ..aio import AsyncRerankClient
+from ..connection import TLS
+from .app import Gateway, Limits
+from .keys import Keys
+from .protocol import Guarded
+
+#: Seconds for which a connection without a request is kept; longer than what proxies use.
+KEEP_ALIVE = 75
+#: Seconds for what was begun, at the end.
+GRACE = 30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the gateway; gives the exit status."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _log(arguments.log_json)
+    try:
+        return asyncio.run(_serve(arguments))
+    except (OSError, ValueError) as error:
+        print(f"tritonrank: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    limits = Limits()
+    parser = argparse.ArgumentParser(
+        prog="tritonrank gateway",
+        description="Serve the rerank APIs of Cohere, Jina, Voyage, text-embeddings-inference, "
+        "vLLM, NVIDIA NIM and others over HTTP, in front of one or several Triton servers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--url",
+        action="append",
+        metavar="HOST:PORT",
+        help="gRPC address of a server, more than once for several (default: 127.0.0.1:8001)",
+        default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes any free port")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys of the API, one a line"
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may call it, more than once for several; * is any",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what requests may call the model, more than once for several; without, as they like",
+    )
+    parser.add_argument(
+        "--cache", type=int, default=0, metavar="PAIRS", help="remember the scores of so many pairs"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=limits.seconds, metavar="SECONDS", help="of a request"
+    )
+    parser.add_argument("--max-body-bytes", type=int, default=limits.body_bytes, metavar="BYTES")
+    parser.add_argument("--max-documents", type=int, default=limits.documents, metavar="N")
+    parser.add_argument(
+        "--max-documents-under-way",
+        type=int,
+        default=limits.documents_under_way,
+        metavar="N",
+        help="while there are as many, requests get 429",
+    )
+    parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
+    tls = parser.add_argument_group("TLS of its clients", "PEM files")
+    tls.add_argument("--ssl-certfile", type=Path, metavar="FILE")
+    tls.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
+    tls = parser.add_argument_group("TLS to Triton", "PEM files, any of which asks for it")
+    for name in ("root-certificates", "private-key", "certificate-chain"):
+        tls.add_argument(f"--{name}", type=Path, metavar="FILE")
+    return parser
+
+
+async def _serve(arguments: argparse.Namespace) -> int:
+    # A connection is a file, and the usual limit of 1,024 is soon reached.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limits = Limits(
+        body_bytes=arguments.max_body_bytes,
+        documents=arguments.max_documents,
+        documents_under_way=arguments.max_documents_under_way,
+        seconds=arguments.timeout,
+    )
+    keys = Keys(arguments.api_key_file) if arguments.api_key_file else None
+    tls = TLS(arguments.root_certificates, arguments.private_key, arguments.certificate_chain)
+    client = AsyncRerankClient(
+        getattr(arguments, "url", "127.0.0.1:8001"),
+        timeout=arguments.timeout,
+        tls=None if tls == TLS() else tls,
+        cache=arguments.cache,
+    )
+    app: Any = Gateway(client, limits, keys, arguments.served_model_name)
+    if arguments.cors_origin:
+        app = CORSMiddleware(
+            app,
+            allow_origins=arguments.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=Guarded,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_keyfile=arguments.ssl_keyfile,
+    )
+    with _listening(arguments.host, arguments.port) as listening:
+        scheme = "https" if arguments.ssl_certfile else "http"
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"Rerank API and a page to try it: {scheme}://{shown}:{port}", file=sys.stderr)
+        async with client:
+            await uvicorn.Server(config).serve(sockets=[listening])
+    return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error}): choose another port") from error
+
+
+class _Lines(logging.Formatter):
+    """One line a request, for people or as JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        seen = getattr(record, "seen", None)
+        if seen is None:
+            fields = {"level": record.levelname, "message": record.getMessage()}
+            if record.exc_info:
+                fields["exception"] = self.formatException(record.exc_info)
+            return self._json(record, fields) if self._as_json else super().format(record)
+        fields = {
+            "id": seen.id,
+            "dialect": seen.dialect.name,
+            "documents": seen.documents,
+            "tokens": seen.tokens,
+            "milliseconds": round(1000 * seen.seconds, 1),
+            "status": seen.status,
+        }
+        if self._as_json:
+            return self._json(record, fields)
+        return f"{self.formatTime(record)} " + " ".join(f"{k}={v}" for k, v in fields.items())
+
+    def _json(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return orjson.dumps({"time": f"{stamp}.{int(record.msecs):03}Z", **fields}).decode()
+
+
+def _log(as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(as_json))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # It tells of each connection, and of each request that is no HTTP.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -1,0 +1,408 @@
+"""Every dialect of ``/rerank``: a body → what it asks for; a ranking → its answer. No I/O.
+
+The fields of a body tell its dialect: no server serves them all, and no client sends what it does
+not mean. A prefix of the path forces one where bodies are equal and answers are not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..protocol import Model, RankedDocument
+from .fields import InvalidField, boolean, integer, several, string, strings, text
+
+Body = Mapping[str, Any]
+Documents = Sequence[RankedDocument]
+
+#: Cohere's unit of billing: a query with so many documents.
+DOCUMENTS_PER_UNIT = 100
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a body asks for, whatever its dialect.
+
+    Attributes:
+        queries: one, or one a document.
+        documents: their texts.
+        sent: the documents as they were sent.
+        top_n: how many to return; None for all.
+        returns_documents: whether the answer has them.
+        raw: whether it has logits in place of scores.
+        whole: the field by which a text that does not fit is an error, not cut.
+        lengths: fields that limit tokens, which nothing shorter than the model's may do.
+        model: the one asked for.
+    """
+
+    queries: Sequence[str]
+    documents: Sequence[str]
+    sent: Sequence[object]
+    top_n: int | None
+    returns_documents: bool
+    raw: bool
+    whole: str | None
+    lengths: Mapping[str, int]
+    model: str | None
+
+    def refuse_what_changes_scores(self, ranked: Documents, model: Model | None) -> None:
+        """What only the ranking tells.
+
+        Raises:
+            InvalidField: the call has a field that would give other scores, if it were obeyed.
+        """
+        for name, length in self.lengths.items():
+            if model and length < model.max_length:
+                raise InvalidField(
+                    name,
+                    f"is {length}, and only the model cuts texts, at {model.max_length} tokens of "
+                    "query and document: leave it out",
+                )
+        cut = [each.index for each in ranked if each.truncated]
+        if self.whole and cut:
+            raise InvalidField(
+                self.whole,
+                f"forbids to cut, and document {min(cut)} with its query has more tokens than the "
+                "model reads: shorten it, or let it be cut",
+            )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A call's ranking, and what else answers tell.
+
+    Attributes:
+        call: that was answered.
+        ranked: all its documents, best first.
+        model: that scored them.
+        name: what it is called.
+        id: of the request.
+    """
+
+    call: Call
+    ranked: Documents
+    model: Model | None
+    name: str
+    id: str
+
+    @property
+    def best(self) -> Documents:
+        """Those that were asked for."""
+        return self.ranked[: self.call.top_n]
+
+    @property
+    def tokens(self) -> int | None:
+        """Of all pairs, as the model read them; None if the server does not count them."""
+        counts = [each.tokens for each in self.ranked]
+        return None if None in counts else sum(filter(None, counts))
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        if self.tokens is None:
+            return {}
+        return {"usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens}}
+
+    def score(self, each: RankedDocument) -> float:
+        """From 0 to 1, which clients' thresholds go by; or the logit, where it is asked for."""
+        if self.call.raw:
+            return each.logit
+        if self.model and self.model.activation == "Identity":  # Its scores are logits.
+            return 1 / (1 + math.exp(-each.logit)) if each.logit > -700 else 0.0
+        return each.score
+
+    def document(self, each: RankedDocument) -> dict[str, Any]:
+        """An object with the text, whatever was sent."""
+        sent = self.call.sent[each.index]
+        return {"text": each.document, **(sent if isinstance(sent, dict) else {})}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way of asking and answering.
+
+    Attributes:
+        name: in logs and metrics.
+        documents: the field that has them.
+        answer: a ranking → the answer's JSON.
+        returns: the field that asks for documents in the answer, and what it is by default.
+        invalid: the status of a body that is refused.
+        nested: whether an error is an object, as OpenAI's clients expect.
+    """
+
+    name: str
+    documents: str
+    answer: Callable[[Answered], object]
+    returns: tuple[str, bool] = ("return_documents", False)
+    invalid: int = 422
+    nested: bool = False
+
+    def read(self, body: Body) -> Call:
+        """What the body asks for.
+
+        Raises:
+            InvalidField: a field is wrong, or is not supported and would change scores.
+        """
+        _refuse_unsupported(body)
+        rank_fields = strings(body, "rank_fields")
+        sent = _listed(body, self.documents) if self is VLLM else several(body, self.documents)
+        field, default = self.returns
+        return _call(
+            body,
+            queries=[text(body.get("query"), "query")],
+            documents=[
+                text(each, f"{self.documents}[{i}]", rank_fields) for i, each in enumerate(sent)
+            ],
+            sent=sent,
+            returns_documents=self is VLLM or boolean(body, field, default),
+        )
+
+    def error(self, message: str, status: int, id: str, field: str | None = None) -> object:
+        """One body for an error that every client of the dialect can print."""
+        kind = ERROR_TYPES.get(status, "Backend" if status >= 500 else "Validation")
+        if self.nested:
+            error = {"message": message, "type": kind, "param": field, "code": status}
+            return {"error": error, "message": message, "detail": message, "id": id}
+        return {
+            "message": message,
+            "detail": message,
+            "error": message,
+            "error_type": kind,
+            "id": id,
+        }
+
+
+#: By TEI's names.
+ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
+
+
+def _call(body: Body, **others: Any) -> Call:
+    """With the fields that mean the same in all dialects."""
+    top_n = integer(body, "top_n", 0)
+    if top_n is None:
+        top_n = integer(body, "top_k", 0)
+    lengths = {name: integer(body, name, least) for name, least in LENGTHS.items()}
+    return Call(
+        top_n=top_n or None,  # 0 is all, as vLLM has it.
+        raw=boolean(body, "raw_scores", False) or not boolean(body, "use_activation", True),
+        whole=_whole(body),
+        # 0 and -1 are no limit.
+        lengths={name: value for name, value in lengths.items() if value and value > 0},
+        model=string(body, "model"),
+        **others,
+    )
+
+
+#: Fields that limit tokens, and their least value.
+LENGTHS = {
+    "max_tokens_per_doc": 0,
+    "max_doc_length": 0,
+    "max_tokens_per_query": 0,
+    "truncate_prompt_tokens": -1,
+}
+#: Fields that would change scores: each is refused, unless it has nothing in it or these values.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "instruction": (),
+    "instruct": (),
+    "chat_template_kwargs": (),
+    "mm_processor_kwargs": (),
+    "kwargs": ("{}",),
+    "truncation_direction": ("Right", "right"),
+    "truncation_side": ("Right", "right"),
+    "return_embeddings": ("false",),
+}
+
+
+def _refuse_unsupported(body: Body) -> None:
+    for name, harmless in UNSUPPORTED.items():
+        value = body.get(name)
+        if value and value not in harmless:
+            raise InvalidField(name, "is not supported, and would change the answer: leave it out")
+    spans = body.get("relevant_spans")
+    if spans and not (isinstance(spans, dict) and spans.get("mode") == "disabled"):
+        raise InvalidField("relevant_spans", "is not supported: leave it out")
+
+
+def _whole(body: Body) -> str | None:
+    """The field that forbids to cut texts."""
+    for name in ("truncate", "truncation"):
+        value = body.get(name)
+        if isinstance(value, str) and value.upper() in {"NONE", "END", "START"}:  # NVIDIA's.
+            if value.upper() == "START":
+                raise InvalidField(name, "is START, and texts are cut at their end: send END")
+            if value.upper() == "NONE":
+                return name
+        elif not boolean(body, name, True):
+            return name
+    return None
+
+
+def _listed(body: Body, name: str) -> list[Any]:
+    """Where one item may stand for a list of it."""
+    return [body[name]] if isinstance(body.get(name), (str, dict)) else several(body, name)
+
+
+def _results(answered: Answered, document: Callable[[RankedDocument], object]) -> dict[str, Any]:
+    """What Cohere, Jina, vLLM, Xinference and infinity have in common, and more."""
+    results = []
+    for each in answered.best:
+        result: dict[str, object]
+        result = {"index": each.index, "relevance_score": answered.score(each)}
+        if answered.call.returns_documents:
+            result["document"] = document(each)
+        results.append(result)
+    # No "object", which infinity's client would refuse.
+    return {"id": answered.id, "model": answered.name, "results": results, **answered.usage}
+
+
+def _superset(answered: Answered) -> object:
+    units = -(-len(answered.ranked) // DOCUMENTS_PER_UNIT)
+    tokens = {} if answered.tokens is None else {"input_tokens": answered.tokens}
+    meta = {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": units},
+        "tokens": {**tokens, "output_tokens": 0},
+    }
+    return _results(answered, answered.document) | {"meta": meta}
+
+
+def _infinity(answered: Answered) -> object:
+    answer = _results(answered, lambda each: each.document)
+    return answer | {"object": "rerank", "created": int(time.time())}
+
+
+def _vllm(answered: Answered) -> object:
+    return _results(answered, lambda each: {**answered.document(each), "multi_modal": None})
+
+
+def _voyage(answered: Answered) -> object:
+    data = []
+    for each in answered.best:
+        result: dict[str, object]
+        result = {"index": each.index, "relevance_score": answered.score(each)}
+        if answered.call.returns_documents:
+            result["document"] = each.document
+        data.append(result)
+    usage = {} if answered.tokens is None else {"usage": {"total_tokens": answered.tokens}}
+    return {"object": "list", "data": data, "model": answered.name, **usage}
+
+
+def _tei(answered: Answered) -> object:
+    texts = answered.call.returns_documents
+    return [
+        {"index": each.index, "score": answered.score(each)}
+        | ({"text": each.document} if texts else {})
+        for each in answered.best
+    ]
+
+
+def _nim(answered: Answered) -> object:
+    rankings = [{"index": each.index, "logit": each.logit} for each in answered.best]
+    return {"rankings": rankings, **answered.usage}
+
+
+def _weaviate(answered: Answered) -> object:
+    scores = [
+        {"document": each.document, "score": answered.score(each)}
+        for each in sorted(answered.best, key=lambda each: each.index)
+    ]
+    return {"query": answered.call.queries[0], "property": "", "scores": scores}
+
+
+def _scores(answered: Answered) -> object:
+    raw = answered.call.raw
+    data = [
+        {"index": each.index, "object": "score", "score": each.logit if raw else each.score}
+        for each in sorted(answered.ranked, key=lambda each: each.index)
+    ]
+    return {
+        "id": answered.id,
+        "object": "list",
+        "created": int(time.time()),
+        "model": answered.name,
+        "data": data,
+        **answered.usage,
+    }
+
+
+class _Score(Dialect):
+    """vLLM's ``/score``: pairs, one query with many documents or one with each."""
+
+    def read(self, body: Body) -> Call:
+        _refuse_unsupported(body)
+        for names in PAIRS:
+            if any(name in body for name in names):
+                break
+        queries, documents = (_listed(body, name) for name in names)
+        if len(queries) not in (1, len(documents)):
+            raise InvalidField(
+                names[0],
+                f"has {len(queries)} and {names[1]} {len(documents)}: send one, or as many",
+            )
+        return _call(
+            body,
+            queries=[text(each, f"{names[0]}[{i}]") for i, each in enumerate(queries)],
+            documents=[text(each, f"{names[1]}[{i}]") for i, each in enumerate(documents)],
+            sent=documents,
+            returns_documents=False,
+        )
+
+
+#: The fields of ``/score``, by their names in turn.
+PAIRS = (
+    ("text_1", "text_2"),
+    ("data_1", "data_2"),
+    ("queries", "items"),
+    ("queries", "documents"),
+)
+
+COHERE = Dialect("cohere", "documents", _superset)
+JINA = Dialect("jina", "documents", _superset, ("return_documents", True))
+VOYAGE = Dialect("voyage", "documents", _voyage)
+TEI = Dialect("tei", "texts", _tei, ("return_text", False))
+INFINITY = Dialect("infinity", "documents", _infinity)
+VLLM = Dialect("vllm", "documents", _vllm, invalid=400, nested=True)
+NIM = Dialect("nim", "passages", _nim)
+WEAVIATE = Dialect("weaviate", "documents", _weaviate)
+SCORE = _Score("score", "documents", _scores, invalid=400, nested=True)
+
+#: By the first part of a path that forces one.
+PREFIXES = {each.name: each for each in (COHERE, JINA, VOYAGE, TEI, INFINITY, VLLM, NIM, WEAVIATE)}
+#: The last parts of paths, behind a prefix and versions; those of NVIDIA's hosted models have more.
+PATHS = {"", "rerank", "reranking", "ranking", "score", "invocations", "vertex"}
+
+
+def resource(path: str) -> tuple[Dialect | None, str]:
+    """The dialect that a path forces, and what is left of it.
+
+    Versions are left out, once or twice: a client whose base URL has one adds its own.
+    """
+    parts = [part for part in path.split("/") if part]
+    forced = PREFIXES.get(parts[0]) if parts else None
+    parts = parts[1:] if forced else parts
+    while parts and parts[0] in ("v1", "v2"):
+        parts = parts[1:]
+    if parts[:1] == ["retrieval"] and parts[-1] == "reranking":
+        parts = ["ranking"]
+    return forced, "/".join(parts)
+
+
+def dialect(forced: Dialect | None, path: str, body: Body) -> Dialect:
+    """That of a body, by its fields; a path that forces one yields only to another's documents."""
+    if path == "score" or (not forced and any(name in body for name in ("queries", "text_1"))):
+        return SCORE
+    if forced and forced.documents in body:
+        return forced
+    if "passages" in body:
+        return NIM
+    if "texts" in body and "documents" not in body:
+        return TEI
+    if forced:
+        return forced
+    if "property" in body:
+        return WEAVIATE
+    if "top_k" in body or "truncation" in body:
+        return VOYAGE
+    return COHERE

@@ -1,0 +1,72 @@
+"""Prometheus metrics of the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from ..cache import PairCache
+
+if TYPE_CHECKING:
+    from .app import Seen
+
+#: Seconds, from a cached pair to a large request on a CPU.
+BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """Counts of what was answered.
+
+    Args:
+        under_way: how many documents are.
+        cache: of pairs, or None.
+    """
+
+    def __init__(self, under_way: Callable[[], int], cache: PairCache | None) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        name = "tritonrank_gateway_"
+        self._requests = Counter(
+            name + "requests", "Requests", ["dialect", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            name + "request_seconds",
+            "Until the answer was sent",
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self._documents = Counter(name + "documents", "Documents ranked", registry=registry)
+        self._tokens = Counter(name + "tokens", "Tokens of their pairs", registry=registry)
+        gauge = Gauge(name + "documents_under_way", "Documents under way", registry=registry)
+        gauge.set_function(under_way)
+        if cache:
+            registry.register(_CacheCollector(cache))
+
+    def add(self, seen: Seen) -> None:
+        """Counts a request of a dialect."""
+        assert seen.dialect
+        self._requests.labels(seen.dialect.name, seen.status).inc()
+        self._seconds.observe(seen.seconds)
+        if seen.status == 200:
+            self._documents.inc(seen.documents)
+            self._tokens.inc(seen.tokens or 0)
+
+
+class _CacheCollector(Collector):
+    """The cache's own counts."""
+
+    def __init__(self, cache: PairCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> list[CounterMetricFamily]:
+        return [
+            CounterMetricFamily(f"tritonrank_gateway_cache_{name}", text, value=value)
+            for name, text, value in (
+                ("hits", "Pairs whose scores were known", self._cache.hits),
+                ("misses", "Pairs that were sent to a server", self._cache.misses),
+            )
+        ]
