@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -72,6 +77,40 @@ def fp32_repository(shared: Path) -> Path:
 def int8_server(int8_repository: Path) -> Iterator[EmbeddedServer]:
     with start(int8_repository) as server:
         yield server
+
+
+@dataclass(frozen=True)
+class GatewayProcess:
+    """A gateway: where it is, its process, and what it wrote."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def gateway_of(server: EmbeddedServer, log: Path, *options: str) -> Iterator[GatewayProcess]:
+    """The real command, in front of a server, at a free port."""
+    command = [sys.executable, "-m", "tritonrank", "gateway", "--url", server.grpc_url, "--port=0"]
+    with open(log, "wb") as file, subprocess.Popen([*command, *options], stderr=file) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (found := re.search(r"https?://[\w.:]+", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            yield GatewayProcess(found[0], process, log)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    int8_server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    with gateway_of(int8_server, tmp_path_factory.mktemp("gateway") / "log") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

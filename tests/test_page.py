@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import ast
 import base64
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import GatewayProcess
 
 pytest.importorskip("playwright", reason="Playwright for Python is not installed")
 
@@ -42,61 +40,8 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHR
 
 
 @pytest.fixture(scope="session")
-def gateway_url() -> Iterator[str]:
-    """A stand-in for the gateway, which ranks by words in common."""
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
-
-    akin = {"drink": {"tea", "water", "lemonade"}}
-    html = PAGE.read_text("utf-8")
-
-    def digest(tag: str) -> str:
-        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest('style')}'; "
-        f"script-src 'sha256-{digest('script')}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-    def words(text: str) -> set[str]:
-        found = set(re.findall(r"\w{3,}", text.lower()))
-        return found.union(*(akin.get(word, set()) for word in found))
-
-    async def page(_: Request) -> Response:
-        return HTMLResponse(html, headers={"Content-Security-Policy": policy})
-
-    async def rerank(request: Request) -> Response:
-        body = await request.json()
-        query = words(body["query"])
-        scores = [len(query & words(each)) / (len(query) or 1) for each in body["documents"]]
-        best = sorted(range(len(scores)), key=lambda i: -scores[i])
-        tokens = sum(len(each.split()) for each in body["documents"])
-        return JSONResponse(
-            {
-                "id": "1",
-                "model": "stand-in",
-                "results": [{"index": i, "relevance_score": scores[i]} for i in best],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-                "meta": {},
-            }
-        )
-
-    paths = ["/v1/rerank", "/v2/rerank"]
-    routes = [Route("/", page), *(Route(path, rerank, methods=["POST"]) for path in paths)]
-    config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+def gateway_url(gateway: GatewayProcess) -> str:
+    return gateway.url
 
 
 @pytest.fixture(scope="module")

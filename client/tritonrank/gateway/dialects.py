@@ -327,6 +327,11 @@ def _scores(answered: Answered) -> object:
     }
 
 
+def _deepinfra(answered: Answered) -> object:
+    scores = [answered.score(each) for each in sorted(answered.ranked, key=lambda each: each.index)]
+    return {"scores": scores, "input_tokens": answered.tokens, "request_id": answered.id}
+
+
 class _Score(Dialect):
     """vLLM's ``/score``: pairs, one query with many documents or one with each."""
 
@@ -367,11 +372,12 @@ VLLM = Dialect("vllm", "documents", _vllm, invalid=400, nested=True)
 NIM = Dialect("nim", "passages", _nim)
 WEAVIATE = Dialect("weaviate", "documents", _weaviate)
 SCORE = _Score("score", "documents", _scores, invalid=400, nested=True)
+DEEPINFRA = _Score("deepinfra", "documents", _deepinfra)
 
 #: By the first part of a path that forces one.
 PREFIXES = {each.name: each for each in (COHERE, JINA, VOYAGE, TEI, INFINITY, VLLM, NIM, WEAVIATE)}
-#: The last parts of paths, behind a prefix and versions; those of NVIDIA's hosted models have more.
-PATHS = {"", "rerank", "reranking", "ranking", "score", "invocations", "vertex"}
+#: The last parts of paths, behind a prefix and versions; some name a model as well.
+PATHS = {"", "rerank", "reranking", "ranking", "score", "inference", "invocations", "vertex"}
 
 
 def resource(path: str) -> tuple[Dialect | None, str]:
@@ -386,11 +392,15 @@ def resource(path: str) -> tuple[Dialect | None, str]:
         parts = parts[1:]
     if parts[:1] == ["retrieval"] and parts[-1] == "reranking":
         parts = ["ranking"]
+    if parts[:1] == ["inference"]:
+        parts = parts[:1]
     return forced, "/".join(parts)
 
 
 def dialect(forced: Dialect | None, path: str, body: Body) -> Dialect:
     """That of a body, by its fields; a path that forces one yields only to another's documents."""
+    if path == "inference":
+        return DEEPINFRA
     if path == "score" or (not forced and any(name in body for name in ("queries", "text_1"))):
         return SCORE
     if forced and forced.documents in body:
