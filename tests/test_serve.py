@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -32,7 +33,7 @@ def serving(
     repository: Path, python: str = sys.executable
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """``tritonrank serve`` as a child process, and its gRPC address once it is ready."""
-    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
+    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--rerank-port=0"]
     command = [python, "-m", "tritonrank", "serve", f"--model-repository={repository}", *ports]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -49,6 +50,10 @@ def descendants(pid: int) -> set[int]:
     children = Path(f"/proc/{pid}/task").glob("*/children")
     direct = {int(child) for path in children for child in path.read_text().split()}
     return direct.union(*map(descendants, direct))
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def await_end(pids: set[int]) -> None:
@@ -192,6 +197,23 @@ def test_a_path_that_a_shell_would_read_is_refused(int8_repository: Path, tmp_pa
             pass
 
 
+def test_the_gateway_comes_along_and_comes_back(int8_repository: Path) -> None:
+    with serving(int8_repository) as (process, grpc_url):
+        assert process.stderr
+        for _ in range(2):
+            told = next(line for line in process.stderr if "Rerank API" in line)
+            url = re.search(r"http://\S+", told)[0]  # type: ignore[index]
+            body = {"query": "tea", "documents": ["a car", "green tea"]}
+            answer = httpx.post(f"{url}/rerank", json=body, timeout=30).json()
+            with RerankClient(grpc_url) as client:
+                expected = client.rank("tea", ["a car", "green tea"])
+            scores = [(each["index"], each["relevance_score"]) for each in answer["results"]]
+            assert scores == [(each.index, each.score) for each in expected]
+            [gateway] = [pid for pid in descendants(process.pid) if "gateway" in command_of(pid)]
+            os.kill(gateway, signal.SIGKILL)
+            assert any("it is started again" in line for line in process.stderr)
+
+
 def test_two_servers_side_by_side(int8_repository: Path) -> None:
     with start(int8_repository) as one, start(int8_repository) as other:
         assert one.grpc_url != other.grpc_url
@@ -206,7 +228,9 @@ def test_port_in_use_is_one_clear_line(int8_repository: Path) -> None:
         port = occupied.getsockname()[1]
         command = [*TRITONRANK, "serve", "--model-repository", str(int8_repository)]
         done = subprocess.run(
-            [*command, f"--http-port={port}", "--grpc-port=0"], capture_output=True, text=True
+            [*command, f"--http-port={port}", "--grpc-port=0", "--rerank-port=0"],
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 1
     assert re.search(rf"^tritonrank: cannot listen on 127.0.0.1:{port} .*$", done.stderr, re.M)
@@ -228,7 +252,7 @@ def test_what_cannot_be_served_is_one_clear_line(
 ) -> None:
     if key is not None:
         (tmp_path / "key").write_text(key)
-    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
+    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--rerank-port=0"]
     command = [*TRITONRANK, "serve", f"--model-repository={int8_repository}", *ports, *arguments]
     environment = {} if arguments else {"TRITONRANK_ADMIN_KEY_FILE": str(tmp_path / "key")}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)

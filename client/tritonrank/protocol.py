@@ -158,7 +158,7 @@ def ranking(
         RankedDocument(start + index, score, logit, documents[index], *others)
         for index, score, logit, *others in zip(*columns)
     )
-    return Ranking(ranked, _model(raw["MODEL"][4:]) if "MODEL" in raw else None)
+    return Ranking(ranked, _model(raw["MODEL"]) if "MODEL" in raw else None)
 
 
 @lru_cache(16)

@@ -337,9 +337,7 @@ class _Score(Dialect):
 
     def read(self, body: Body) -> Call:
         _refuse_unsupported(body)
-        for names in PAIRS:
-            if any(name in body for name in names):
-                break
+        names = next((names for names in PAIRS if names[1] in body), PAIRS[0])
         queries, documents = (_listed(body, name) for name in names)
         if len(queries) not in (1, len(documents)):
             raise InvalidField(
@@ -357,10 +355,10 @@ class _Score(Dialect):
 
 #: The fields of ``/score``, by their names in turn.
 PAIRS = (
+    ("queries", "documents"),
+    ("queries", "items"),
     ("text_1", "text_2"),
     ("data_1", "data_2"),
-    ("queries", "items"),
-    ("queries", "documents"),
 )
 
 COHERE = Dialect("cohere", "documents", _superset)

@@ -90,7 +90,8 @@ class EmbeddedServer:
 
     def __init__(self, settings: Settings) -> None:
         settings = replace(settings, host=_address(settings.host))
-        ports = grpc, http, metrics = _free_ports(settings)
+        wanted = (settings.grpc_port, settings.http_port, settings.metrics_port)
+        ports = grpc, http, metrics = _free_ports(settings.host, *wanted)
         self.settings = replace(settings, grpc_port=grpc, http_port=http, metrics_port=metrics)
         self.grpc_url, self.http_url, self.metrics_url = (f"{settings.host}:{p}" for p in ports)
         # Its own prefix, so that servers side by side never meet in /dev/shm.
@@ -225,16 +226,16 @@ def _address(host: str) -> str:
         ) from error
 
 
-def _free_ports(settings: Settings) -> list[int]:
-    """The three ports, each seen to be free."""
+def _free_ports(host: str, *ports: int) -> list[int]:
+    """The ports, each seen to be free."""
     sockets = []
     try:
-        for port in (settings.grpc_port, settings.http_port, settings.metrics_port):
-            sockets.append(socket.create_server((settings.host, port)))
+        for port in ports:
+            sockets.append(socket.create_server((host, port)))
         return [each.getsockname()[1] for each in sockets]
     except (OSError, OverflowError) as error:
         raise ServerError(
-            f"cannot listen on {settings.host}:{port} ({error}): choose another port"
+            f"cannot listen on {host}:{port} ({error}): choose another port"
         ) from error
     finally:
         for each in sockets:
@@ -307,7 +308,7 @@ def environment() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """``tritonrank serve``: the embedded server in the foreground until Ctrl-C or SIGTERM.
 
-    A server that ends by itself is started again, at the same ports.
+    A server that ends by itself is started again, at the same ports. A gateway stands before it.
     """
     defaults = Settings()
     parser = argparse.ArgumentParser(
@@ -323,12 +324,20 @@ def main(argv: list[str] | None = None) -> int:
             f"--{service}-port", type=int, default=default, help="0 takes any free port"
         )
     parser.add_argument(
+        "--rerank-port", type=int, default=8080, help="of the HTTP gateway; 0 takes any free port"
+    )
+    parser.add_argument(
+        "--no-rerank", dest="rerank_port", action="store_const", const=None, help="no HTTP gateway"
+    )
+    parser.add_argument(
         "arguments", nargs="*", metavar="-- ARGUMENT", help="more of tritonserver's own arguments"
     )
-    settings = Settings(**vars(parser.parse_args(argv)))
+    options = vars(parser.parse_args(argv))
+    rerank_port = options.pop("rerank_port")
+    settings = Settings(**options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        _serve(settings)
+        _serve(settings, rerank_port)
     except (ServerError, KeyFileError, WheelError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1
@@ -336,22 +345,47 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _serve(settings: Settings) -> NoReturn:
+class _Gateway(threading.Thread):
+    """The HTTP gateway of a server, as a process of its own; started again where it ends."""
+
+    def __init__(self, host: str, port: int, url: str) -> None:
+        super().__init__(daemon=True)
+        self._command = [sys.executable, "-m", "tritonrank", "gateway", "--url", url]
+        self._command += ["--host", host, "--port", str(port)]
+
+    def run(self) -> None:
+        while True:
+            # Not for a Ctrl-C in the terminal, which is for this process, after which it ends.
+            command = [*DYING_WITH_PARENT, *self._command]
+            status = subprocess.run(command, start_new_session=True, check=False).returncode
+            _say(f"tritonrank: the gateway ended (exit {status}): it is started again in 1 s")
+            time.sleep(1)
+
+
+def _serve(settings: Settings, rerank_port: int | None) -> NoReturn:
     """Serves until it is interrupted; a server that ends by itself is started again.
 
     At once, or after ever longer pauses where it did not stay up for a minute.
     """
     pause, served = 0.0, False
+    host = _address(settings.host)
+    if any(each.startswith("--grpc-use-ssl") for each in settings.arguments):
+        _say("No HTTP gateway, since it needs to know of TLS: see tritonrank gateway --help")
+        rerank_port = None
+    if rerank_port is not None:
+        [rerank_port] = _free_ports(host, rerank_port)
     while True:
         _say("Starting Triton …")
         started = time.monotonic()
         try:
             with EmbeddedServer(settings) as server:
-                settings, served = server.settings, True  # The same ports again.
+                settings, first, served = server.settings, not served, True  # The same ports again.
                 _say(
                     f"Ready in {time.monotonic() - started:.1f} s: gRPC {server.grpc_url}, "
                     f"HTTP {server.http_url}, metrics {server.metrics_url}. Ctrl-C stops it."
                 )
+                if first and rerank_port is not None:
+                    _Gateway(host, rerank_port, server.grpc_url).start()
                 reason = f"tritonserver ended (exit {server.wait()})"
         except (BackendDied, ServerError) as error:
             if not served:

@@ -284,12 +284,12 @@ PASSED_ON = {"lengths": "TOKENS", "truncated": "TRUNCATED"}
 
 class SorterModel(_Stage[_Sorted, _Sorted]):
     """logits and scores FP32 [N, 1], ticket FP64 [1, 6]?, lengths INT32 [N, 1]?, truncated BOOL
-    [N, 1]?, TOP_K INT32 [1]? → the outputs [K], and MODEL BYTES [1].
+    [N, 1]?, TOP_K INT32 [1]? → the outputs [K], and MODEL UINT8 [B].
     """
 
     def load(self, args: dict[str, str]) -> None:
         self._ledger = _ledger()
-        self._model = np.array([card.identity(_version_folder(args))], object)
+        self._model = np.array(list(card.identity(_version_folder(args))), np.uint8)
 
     def finalize(self) -> None:
         self._ledger.close()
