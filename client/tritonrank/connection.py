@@ -123,11 +123,15 @@ class Endpoint:
     """Where channels lead.
 
     Attributes:
+        urls: each ``HOST:PORT``.
+        tls: as it was passed.
         target: gRPC's name for the servers.
         options: of the channel, and for TLS ``credentials``.
         proxy: ``HOST:PORT of VARIABLE``, if there is one on the way.
     """
 
+    urls: list[str]
+    tls: TLS | None
     target: str
     options: list[tuple[str, Any]]
     credentials: grpc.ChannelCredentials | None
@@ -148,7 +152,7 @@ class Endpoint:
         target, proxy = _target(urls), _proxy(urls)
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(proxy is not None))]
         if tls is None:
-            return cls(target, options, None, proxy)
+            return cls(urls, None, target, options, None, proxy)
         if not isinstance(tls, TLS):
             raise TypeError(f"tls is of type {type(tls).__name__}: pass TLS(…)")
         if tls.server_name:
@@ -156,7 +160,7 @@ class Endpoint:
             options.append(("grpc.ssl_target_name_override", name))
         elif len(urls) > 1:
             raise ValueError("pass TLS(server_name=…), the name in these URLs' certificates")
-        return cls(target, options, tls.credentials(), proxy)
+        return cls(urls, tls, target, options, tls.credentials(), proxy)
 
     def open(self, kind: ModuleType) -> Any:
         """A channel of ``kind``, which is ``grpc`` or ``grpc.aio``."""
