@@ -303,16 +303,15 @@ class SorterModel(_Stage[_Sorted, _Sorted]):
             self._ledger.strike_out(row)
         relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
         ranking = rank(relevance, optional["TOP_K"].item() if "TOP_K" in optional else None)
-        return {
+        outputs: _Sorted = {
             "INDICES": ranking.indices,
             "SCORES": ranking.scores,
             "LOGITS": ranking.logits,
             "MODEL": self._model,
-        } | {
-            output: optional[name][ranking.indices, 0]
-            for name, output in PASSED_ON.items()
-            if name in optional
         }
+        for name in PASSED_ON.keys() & optional.keys():
+            outputs[PASSED_ON[name]] = optional[name][ranking.indices, 0]
+        return outputs
 
     def run(self, batch: Sequence[_Sorted]) -> Sequence[_Sorted]:
         return batch
