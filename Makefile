@@ -5,10 +5,11 @@ PRECISION ?= int8
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := loadtest/environments
+CLIENTS := tests/clients/environments
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export bench loadtest locust replicas test lint clean
+.PHONY: help setup demo serve gateway export bench loadtest locust replicas clients test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ demo: $(VENV)/.serving | published ## Rank a sample with the embedded server
 
 serve: $(VENV)/.serving | published ## Serve the model repository until Ctrl-C
 	$(BIN)/tritonrank serve
+
+gateway: $(VENV)/.serving ## Serve the rerank APIs over HTTP, in front of URL=… (default 127.0.0.1:8001)
+	$(BIN)/tritonrank gateway $(if $(URL),--url $(URL))
 
 export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8
 	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)
@@ -39,8 +43,11 @@ replicas: $(VENV)/.all ## Three servers under load: killed, frozen, updated; int
 	$(BIN)/python -m loadtest.report
 
 # Two files at a time: exports have one thread each.
-test: $(VENV)/.all ## Run all tests
+test: $(VENV)/.all $(CLIENTS)/few/.made ## Run all tests
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+clients: $(VENV)/.all $(CLIENTS)/few/.made $(CLIENTS)/cohere-5/.made $(CLIENTS)/cohere-7/.made ## Real clients of other servers against the gateway
+	$(BIN)/pytest tests/test_clients.py
 
 lint: $(VENV)/.all ## Check style and types
 	$(BIN)/ruff check .
@@ -48,7 +55,7 @@ lint: $(VENV)/.all ## Check style and types
 	$(BIN)/mypy
 
 clean: ## Remove the environments and what was exported
-	rm -rf $(VENV) $(PEERS) loadtest/models build model_repository/cross_encoder/current model_repository/cross_encoder/export-*
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) loadtest/models build model_repository/cross_encoder/current model_repository/cross_encoder/export-*
 
 # The default model, unless a model is published already.
 .PHONY: published
@@ -78,4 +85,11 @@ $(PEERS)/.made: $(wildcard loadtest/peers/*.txt) constraints.txt
 		$(PEERS)/$$peer/bin/pip --disable-pip-version-check --quiet install \
 			--constraint constraints.txt --requirement loadtest/peers/$$peer.txt; \
 	done
+	@touch $@
+
+# The same for clients of other servers.
+$(CLIENTS)/%/.made: tests/clients/%.txt constraints.txt
+	@echo "Installing clients into $(@D) …"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt --requirement $<
 	@touch $@
