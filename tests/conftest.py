@@ -89,17 +89,18 @@ class GatewayProcess:
 
 
 @contextmanager
-def gateway_of(server: EmbeddedServer, log: Path, *options: str) -> Iterator[GatewayProcess]:
+def gateway_of(server: EmbeddedServer | str, log: Path, *options: str) -> Iterator[GatewayProcess]:
     """The real command, in front of a server, at a free port."""
-    command = [sys.executable, "-m", "tritonrank", "gateway", "--url", server.grpc_url, "--port=0"]
+    url = server if isinstance(server, str) else server.grpc_url
+    command = [sys.executable, "-m", "tritonrank", "gateway", "--url", url, "--port=0"]
     with open(log, "wb") as file, subprocess.Popen([*command, *options], stderr=file) as process:
         try:
             deadline = time.monotonic() + 60
-            while not (found := re.search(r"https?://[\w.:]+", log.read_text())):
+            while not (found := re.search(r"Rerank API.*(https?://\S+)", log.read_text())):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            yield GatewayProcess(found[0], process, log)
+            yield GatewayProcess(found[1], process, log)
         finally:
             process.terminate()
             process.wait(60)

@@ -70,6 +70,11 @@ class Limits:
     documents_under_way: int = 65_536
     seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"the limit of {name} is {value}: pass a number above 0")
+
 
 @dataclass
 class Seen:

@@ -143,6 +143,10 @@ async def _serve(arguments: argparse.Namespace) -> int:
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
     )
+    for path in (arguments.ssl_certfile, arguments.ssl_keyfile):
+        if path:
+            path.read_bytes()  # Its error names the file.
+    config.load()
     with _listening(arguments.host, arguments.port) as listening:
         scheme = "https" if arguments.ssl_certfile else "http"
         host, port = listening.getsockname()[:2]
@@ -156,7 +160,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
 def _listening(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address[:2], family=family, backlog=2048)
+        listening = socket.create_server((address[0], port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on {host}:{port} ({error}): choose another port") from error
     # Inherited by connections. Else an answer's body waits for the acknowledgement of its head,
