@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -89,11 +89,19 @@ class GatewayProcess:
 
 
 @contextmanager
-def gateway_of(server: EmbeddedServer | str, log: Path, *options: str) -> Iterator[GatewayProcess]:
-    """The real command, in front of a server, at a free port."""
-    url = server if isinstance(server, str) else server.grpc_url
-    command = [sys.executable, "-m", "tritonrank", "gateway", "--url", url, "--port=0"]
-    with open(log, "wb") as file, subprocess.Popen([*command, *options], stderr=file) as process:
+def gateway_at(
+    url: str,
+    log: Path,
+    *options: str,
+    start: Sequence[str] = (sys.executable, "-m", "tritonrank", "gateway"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[GatewayProcess]:
+    """The real command, in front of the server at an address, at a free port."""
+    command = [*start, "--url", url, "--port=0", *options]
+    with (
+        open(log, "wb") as file,
+        subprocess.Popen(command, stderr=file, env=environment) as process,
+    ):
         try:
             deadline = time.monotonic() + 60
             while not (found := re.search(r"Rerank API.*(https?://\S+)", log.read_text())):
@@ -104,6 +112,13 @@ def gateway_of(server: EmbeddedServer | str, log: Path, *options: str) -> Iterat
         finally:
             process.terminate()
             process.wait(60)
+
+
+def gateway_of(
+    server: EmbeddedServer, log: Path, *options: str
+) -> AbstractContextManager[GatewayProcess]:
+    """The real command, in front of a server, at a free port."""
+    return gateway_at(server.grpc_url, log, *options)
 
 
 @pytest.fixture(scope="session")

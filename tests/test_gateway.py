@@ -18,7 +18,7 @@ import grpc
 import httpx
 import pytest
 import trustme
-from conftest import GatewayProcess, gateway_of, start
+from conftest import GatewayProcess, gateway_at, gateway_of, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank import RerankClient
 from tritonrank_server.serving.serve import EmbeddedServer
@@ -221,7 +221,7 @@ def test_errors_of_the_server(
 ) -> None:
     service = Scripted(code, ready)
     headers = {"x-request-id": "mine", "traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
-    with serving(service) as url, gateway_of(url, tmp_path / "log", "--timeout=20") as gateway:
+    with serving(service) as url, gateway_at(url, tmp_path / "log", "--timeout=20") as gateway:
         answer = httpx.post(f"{gateway.url}/rerank", json=CALL, headers=headers, timeout=40)
         health = httpx.get(f"{gateway.url}/health").status_code
     assert answer.status_code == status
@@ -237,7 +237,7 @@ def test_errors_of_the_server(
 def test_without_a_server(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as occupied:
         url = f"127.0.0.1:{occupied.getsockname()[1]}"
-    with gateway_of(url, tmp_path / "log", "--timeout=3") as gateway:
+    with gateway_at(url, tmp_path / "log", "--timeout=3") as gateway:
         assert httpx.post(f"{gateway.url}/rerank", json=CALL, timeout=20).status_code in (503, 504)
         assert httpx.get(f"{gateway.url}/health", timeout=20).status_code == 503
         assert httpx.get(f"{gateway.url}/info", timeout=20).status_code == 503
@@ -249,7 +249,7 @@ def test_too_many_documents_under_way(tmp_path: Path) -> None:
     options = ["--max-documents-under-way=3", "--timeout=25"]
     with (
         serving(service) as url,
-        gateway_of(url, tmp_path / "log", *options) as gateway,
+        gateway_at(url, tmp_path / "log", *options) as gateway,
         ThreadPoolExecutor(1) as pool,
     ):
         rerank = f"{gateway.url}/rerank"
@@ -266,7 +266,7 @@ def test_too_many_documents_under_way(tmp_path: Path) -> None:
 
 def test_who_hangs_up_is_not_waited_for(tmp_path: Path) -> None:
     service = Scripted()
-    with serving(service) as url, gateway_of(url, tmp_path / "log") as gateway:
+    with serving(service) as url, gateway_at(url, tmp_path / "log") as gateway:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{gateway.url}/rerank", json=CALL, timeout=1)
         assert service.cancelled.wait(10)
@@ -304,7 +304,7 @@ def test_what_cannot_be_meant_is_one_clear_line(
 ) -> None:
     with (
         pytest.raises(AssertionError),
-        gateway_of("127.0.0.1:1", tmp_path / "log", *options),
+        gateway_at("127.0.0.1:1", tmp_path / "log", *options),
     ):
         pass
     printed = (tmp_path / "log").read_text()

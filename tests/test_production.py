@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 import kubernetes_validate
 import numpy as np
 import pytest
@@ -37,10 +39,12 @@ import trustme
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from conftest import GatewayProcess, gateway_at
 from dockerfile_parse import DockerfileParser
 from test_serve import await_end, descendants, shared_memory
 from tritonclient.utils import InferenceServerException
 from tritonrank import TLS, InvalidRequestError, RerankClient, RerankError
+from tritonrank.gateway.command import GRACE
 from tritonrank_server.export.publish import use
 from tritonrank_server.serving import assets, serve
 from tritonrank_server.serving.serve import DYING_WITH_PARENT, EmbeddedServer, Settings
@@ -61,6 +65,8 @@ OF_A_GPU = {
     "nv_gpu_memory_total_bytes",
     "nv_gpu_power_usage",
 }
+#: What the names of the gateway's metrics begin with.
+GATEWAYS = "tritonrank_gateway_"
 
 
 @dataclass(frozen=True)
@@ -92,34 +98,49 @@ class Container:
 def image(int8_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Image:
     """The stage ``serving`` with the weights that the last stage adds."""
     root = tmp_path_factory.mktemp("image")
-    parser = DockerfileParser(fileobj=io.BytesIO((DOCKER / "Dockerfile").read_bytes()))
-    stage, entrypoint, healthcheck, environment = "", [], [], {}
-    for each in parser.structure:
-        words = each["value"].split()
-        if each["instruction"] == "FROM":
-            stage = words[-1] if "AS" in words else ""
-        if stage != "serving":
-            continue
-        if each["instruction"] == "COPY":
+    environment: dict[str, str] = {}
+    for instruction, value in instructions("serving"):
+        words = value.split()
+        if instruction == "COPY":
             _copy(ROOT / words[0], root / words[1].lstrip("/"), words[1].endswith("/"))
-        elif each["instruction"] == "RUN" and "pip install" in each["value"]:
-            install = re.split(r"\s+", each["value"].partition("python3 ")[2])
+        elif instruction == "RUN" and "pip install" in value:
+            install = re.split(r"\s+", value.partition("python3 ")[2])
             command = [word.replace("/opt/", f"{root}/opt/") for word in install]
             subprocess.run([sys.executable, *command, "--quiet"], check=True)
-        elif each["instruction"] == "ENV":
+        elif instruction == "ENV":
             environment = dict(word.split("=", 1) for word in words)
-        elif each["instruction"] == "ENTRYPOINT":
-            entrypoint = json.loads(each["value"])
-        elif each["instruction"] == "HEALTHCHECK":
-            healthcheck = json.loads(each["value"].partition("CMD")[2])
     current = root / "models" / "cross_encoder" / "current"
     shutil.copytree((int8_repository / "cross_encoder" / "current").resolve(), current)
     base = _base_image(root / "base", root / "opt" / "tritonrank" / "packages")
+    entrypoint, healthcheck = _commands("serving")
     return Image(
         [word.replace("=/models", f"={root}/models") for word in entrypoint],
         healthcheck,
         serve.environment() | environment | {"PATH": f"{base}:{os.environ['PATH']}"},
     )
+
+
+def instructions(stage: str) -> list[tuple[str, str]]:
+    """What the Dockerfile says of a stage."""
+    parser = DockerfileParser(fileobj=io.BytesIO((DOCKER / "Dockerfile").read_bytes()))
+    found, here = [], False
+    for each in parser.structure:
+        if each["instruction"] == "FROM":
+            here = each["value"].endswith(f" AS {stage}")
+        elif here:
+            found.append((each["instruction"], each["value"]))
+    return found
+
+
+def _commands(stage: str) -> tuple[list[str], list[str]]:
+    """A stage's entry point, and its health check."""
+    of = dict(instructions(stage))
+    return json.loads(of["ENTRYPOINT"]), json.loads(of["HEALTHCHECK"].partition("CMD")[2])
+
+
+def exposed(stage: str) -> set[int]:
+    """The ports of a stage."""
+    return {int(port) for port in dict(instructions(stage))["EXPOSE"].split()}
 
 
 def _copy(source: Path, target: Path, into: bool) -> None:
@@ -128,7 +149,9 @@ def _copy(source: Path, target: Path, into: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
     else:
-        unpublished = shutil.ignore_patterns("current", "export-*", ".staging-*", "__pycache__")
+        unpublished = shutil.ignore_patterns(
+            "current", "export-*", ".staging-*", "__pycache__", "*.egg-info"
+        )
         shutil.copytree(source, target, symlinks=True, ignore=unpublished)
 
 
@@ -419,10 +442,21 @@ def queries() -> dict[str, str]:
 def test_every_metric_exists(container: Container) -> None:
     with RerankClient(container.grpc_url) as client:
         client.rank("tea", ["a car"])
-    exposed = set(re.findall(r"^(\w+)(?:{| )", _metrics(container.metrics_url), re.M))
-    named = set(re.findall(r"\b(?:nv|tritonrank)_\w+", " ".join(queries().values())))
-    assert named & exposed, "nothing was read"
-    assert named - exposed - OF_A_GPU == set()
+    of_the_gateway = {name for name in named() if name.startswith(GATEWAYS)}
+    missing = named() - of_the_gateway - told(container.metrics_url)
+    assert missing <= OF_A_GPU
+
+
+def named() -> set[str]:
+    """The metrics that the queries name."""
+    found = set(re.findall(r"\b(?:nv|tritonrank)_\w+", " ".join(queries().values())))
+    assert found, "nothing was read"
+    return found
+
+
+def told(url: str) -> set[str]:
+    """The metrics that there are."""
+    return set(re.findall(r"^(\w+)(?:{| )", _metrics(url), re.M))
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: apt install prometheus")
@@ -430,34 +464,51 @@ def test_alerts_go_off() -> None:
     subprocess.run(["promtool", "test", "rules", ROOT / "tests" / "alerts.yml"], check=True)
 
 
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus: apt install prometheus")
-def test_queries_on_a_real_prometheus(container: Container, tmp_path: Path) -> None:
-    config = (DOCKER / "prometheus.yml").read_text().replace("server:8002", container.metrics_url)
-    (tmp_path / "prometheus.yml").write_text(config.replace("5s", "1s"))
-    shutil.copy(DOCKER / "alerts.yml", tmp_path)
+@contextmanager
+def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[str]:
+    """The one of compose; ``HOST:PORT`` of it.
+
+    Args:
+        folder: an empty one.
+        targets: whom it asks, by their addresses in compose.
+    """
+    if not shutil.which("prometheus"):
+        pytest.skip("no prometheus: apt install prometheus")
+    config = (DOCKER / "prometheus.yml").read_text().replace("5s", "1s")
+    for inside, outside in targets.items():
+        assert inside in config
+        config = config.replace(inside, outside)
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(DOCKER / "alerts.yml", folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
-        *(*DYING_WITH_PARENT, "prometheus", f"--config.file={tmp_path}/prometheus.yml"),
-        *(f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address={url}"),
+        *(*DYING_WITH_PARENT, "prometheus", f"--config.file={folder}/prometheus.yml"),
+        *(f"--storage.tsdb.path={folder}/data", f"--web.listen-address={url}"),
     ]
-    with (
-        subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
-        RerankClient(container.grpc_url) as client,
-    ):
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 30
-            of_requests = 'rate(nv_inference_request_success{model="sorter"}[1m]) > 0'
-            while not _results(url, of_requests):
-                assert time.monotonic() < deadline
-                client.rank(f"tea {time.monotonic()}", ["a car", "green tea"])
-                time.sleep(0.2)
-            for place, query in queries().items():
-                answer = _results(url, query.replace("$instance", ".*"))
-                if place.startswith("panel") and not any(name in query for name in OF_A_GPU):
-                    assert answer, f"{place}: {query}"
+            yield url
         finally:
             process.terminate()
+
+
+def test_queries_on_a_real_prometheus(container: Container, tmp_path: Path) -> None:
+    with (
+        prometheus(tmp_path, {"server:8002": container.metrics_url}) as url,
+        RerankClient(container.grpc_url) as client,
+    ):
+        deadline = time.monotonic() + 30
+        of_requests = 'rate(nv_inference_request_success{model="sorter"}[1m]) > 0'
+        while not _results(url, of_requests):
+            assert time.monotonic() < deadline
+            client.rank(f"tea {time.monotonic()}", ["a car", "green tea"])
+            time.sleep(0.2)
+        for place, query in queries().items():
+            answer = _results(url, query.replace("$instance", ".*"))
+            elsewhere = any(name in query for name in (*OF_A_GPU, GATEWAYS))
+            if place.startswith("panel") and not elsewhere:
+                assert answer, f"{place}: {query}"
 
 
 def _results(url: str, query: str) -> list[Any]:
@@ -489,6 +540,8 @@ def test_compose_is_valid() -> None:
         for mount in service.get("volumes", []):
             source = mount.partition(":")[0]
             assert source in compose["volumes"] or (DOCKER / source).is_file(), mount
+        for secret in service.get("secrets", []):
+            assert secret in compose["secrets"], secret
 
 
 def objects(overlay: str) -> list[dict[str, Any]]:
@@ -500,7 +553,7 @@ def objects(overlay: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-@pytest.mark.parametrize("overlay", ["base", "volume", "oci"])
+@pytest.mark.parametrize("overlay", ["base", "volume", "oci", "gateway"])
 def test_manifests_are_valid(overlay: str) -> None:
     custom = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor}
     for each in objects(overlay):
@@ -520,9 +573,17 @@ def _keys(value: object, path: str = "") -> set[str]:
     return {path}
 
 
+def by_kind(overlay: str) -> dict[str, dict[str, Any]]:
+    """The objects of an overlay, which has one of each kind."""
+    every = objects(overlay)
+    found = {each["kind"]: each for each in every}
+    assert len(found) == len(every)
+    return found
+
+
 def pods() -> dict[str, dict[str, Any]]:
-    """Pod specifications, by the file they come from."""
-    [deployment] = [each for each in objects("base") if each["kind"] == "Deployment"]
+    """Specifications of the servers' pods, by the file they come from."""
+    deployment = by_kind("base")["Deployment"]
     kserve = yaml.safe_load((MANIFESTS / "kserve.yaml").read_text())
     scaling = {"minReplicas", "maxReplicas"}
     predictor = kserve["spec"]["predictor"]
@@ -539,8 +600,7 @@ def test_pods_fit_the_image(name: str, container: Container) -> None:
     kubernetes_validate.validate(pod, "1.34", strict=True)
     [server] = spec["containers"]
     ports = {each["name"]: each["containerPort"] for each in server["ports"]}
-    exposed = re.search(r"^EXPOSE (.*)$", (DOCKER / "Dockerfile").read_text(), re.M)[1]  # type: ignore[index]
-    assert {str(port) for port in ports.values()} <= {*exposed.split()}
+    assert {*ports.values()} <= exposed("serving")
     probes = [value["httpGet"] for key, value in server.items() if key.endswith("Probe")]
     assert len(probes) >= 2
     for probe in probes:
@@ -554,8 +614,9 @@ def test_pods_fit_the_image(name: str, container: Container) -> None:
     assert wait + 30 < spec["terminationGracePeriodSeconds"]
 
 
-def test_services_reach_the_pods() -> None:
-    every = {each["kind"]: each for each in objects("base")}
+@pytest.mark.parametrize("overlay", ["base", "gateway"])
+def test_services_reach_the_pods(overlay: str) -> None:
+    every = by_kind(overlay)
     template = every["Deployment"]["spec"]["template"]
     labels = template["metadata"]["labels"].items()
     [server] = template["spec"]["containers"]
@@ -577,8 +638,12 @@ def test_services_reach_the_pods() -> None:
     assert {each["port"] for each in monitor["endpoints"]} <= {*offered}
     policy = every["NetworkPolicy"]["spec"]["ingress"]
     assert {port["port"] for rule in policy for port in rule["ports"]} <= ports
-    target = every["ScaledObject"]["spec"]["scaleTargetRef"]["name"]
-    assert target == every["Deployment"]["metadata"]["name"]
+    [scaler] = {"ScaledObject", "HorizontalPodAutoscaler"} & {*every}
+    target = every[scaler]["spec"]["scaleTargetRef"]
+    assert target.get("kind", "Deployment") == "Deployment"
+    assert target["name"] == every["Deployment"]["metadata"]["name"]
+    # Else each `kubectl apply` would undo what the autoscaler did.
+    assert "replicas" not in every["Deployment"]["spec"]
 
 
 # Several servers.
@@ -626,3 +691,179 @@ def test_a_server_that_hangs_is_left(fleet: Fleet) -> None:
                 assert client.rank("tea", ["a car", "green tea"]) == expected
         finally:
             fleet.signal(0, signal.SIGCONT)
+
+
+# The gateway.
+
+
+@pytest.fixture(scope="module")
+def gateway_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """The stage ``gateway``: Python, and what it installs from what it copies."""
+    folder = tmp_path_factory.mktemp("gateway-image")
+    source, python = folder / "src", folder / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", python], check=True)
+    for instruction, value in instructions("gateway"):
+        if instruction == "COPY":
+            *names, target = value.split()
+            for name in names:
+                _copy(ROOT / name, source / target, target.endswith("/"))
+        elif instruction == "RUN":
+            install = shlex.split(value.partition("pip install ")[2])
+            pip = [sys.executable, "-m", "pip", "--python", python / "bin" / "python3", "--quiet"]
+            subprocess.run([*pip, "install", *install], cwd=source, check=True)
+    return Image(*_commands("gateway"), {"PATH": f"{python / 'bin'}:{os.environ['PATH']}"})
+
+
+@contextmanager
+def gateway_running(
+    image: Image, container: Container, folder: Path, *options: str
+) -> Iterator[GatewayProcess]:
+    """``docker run IMAGE --url=… OPTION…``, with the key ``secret``."""
+    (folder / "api-keys").write_text("secret\n")
+    with gateway_at(
+        container.grpc_url,
+        folder / "log",
+        *("--host=127.0.0.1", f"--api-key-file={folder}/api-keys", *options),
+        start=image.entrypoint,
+        environment=image.environment,
+    ) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def gateway_container(
+    gateway_image: Image, container: Container, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    folder = tmp_path_factory.mktemp("gateway-container")
+    with gateway_running(gateway_image, container, folder, "--cache=1000") as gateway:
+        yield gateway
+
+
+def _rerank(gateway: GatewayProcess, key: str = "secret") -> httpx.Response:
+    body = {"query": "tea", "documents": ["a car", "green tea"]}
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{gateway.url}/rerank", json=body, headers=headers, timeout=30)
+
+
+def test_the_gateways_image_has_what_it_needs(
+    gateway_image: Image, gateway_container: GatewayProcess
+) -> None:
+    for url, status in ((gateway_container.url, 0), ("http://127.0.0.1:9", 1)):
+        check = [word.replace("http://127.0.0.1:8080", url) for word in gateway_image.healthcheck]
+        assert check != gateway_image.healthcheck
+        done = subprocess.run(check, env=gateway_image.environment, stderr=subprocess.DEVNULL)
+        assert done.returncode == status
+    assert [each["index"] for each in _rerank(gateway_container).json()["results"]] == [1, 0]
+    assert _rerank(gateway_container, "wrong").status_code == 401
+
+
+def test_the_end_of_a_gateway(gateway_image: Image, container: Container, tmp_path: Path) -> None:
+    # The client keeps its connection, which is no reason to wait.
+    with (
+        gateway_running(gateway_image, container, tmp_path) as gateway,
+        httpx.Client() as client,
+    ):
+        assert client.get(f"{gateway.url}/health").status_code == 200
+        gateway.process.terminate()
+        assert gateway.process.wait(10) == 0
+
+
+def test_the_gateways_pod_fits_its_image(
+    gateway_image: Image, gateway_container: GatewayProcess
+) -> None:
+    spec = by_kind("gateway")["Deployment"]["spec"]["template"]["spec"]
+    [each] = spec["containers"]
+    ports = {port["name"]: port["containerPort"] for port in each["ports"]}
+    assert {*ports.values()} == exposed("gateway")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        check = each[probe]["httpGet"]
+        assert ports[check["port"]] == 8080  # Its own default.
+        # Nodes have no key.
+        assert _status(f"{gateway_container.url}{check['path']}") == 200
+    assert each["livenessProbe"]["httpGet"]["path"] in gateway_image.healthcheck[-1]
+    # The wait before the end, and then what was begun.
+    wait = each["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert wait + GRACE < spec["terminationGracePeriodSeconds"]
+    [mount], [volume] = each["volumeMounts"], spec["volumes"]
+    assert mount["name"] == volume["name"]
+    files = [word.partition("=")[2] for word in each["args"] if word.startswith("--api-key-file")]
+    assert [str(Path(file).parent) for file in files] == [mount["mountPath"]]
+
+
+def test_composes_gateway_fits_its_image(gateway_image: Image) -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    gateway, targets = services["gateway"], (DOCKER / "prometheus.yml").read_text()
+    assert gateway["build"]["target"] == "gateway"
+    [inside] = [each.partition(":")[2] for each in gateway["ports"]]
+    assert {int(inside)} == exposed("gateway")
+    assert f"gateway:{inside}" in targets
+    options = dict(word.split("=") for word in gateway["command"])
+    host, _, port = options["--url"].partition(":")
+    assert host in services
+    assert int(port) in exposed("serving")
+    assert options["--api-key-file"] == f"/run/secrets/{gateway['secrets'][0]}"
+    assert "HEALTHCHECK" in dict(instructions("serving")), "nobody would know that it is healthy"
+
+
+def test_gateways_and_servers_reach_each_other() -> None:
+    servers, gateways = by_kind("base"), by_kind("gateway")
+    labels = gateways["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    [container] = gateways["Deployment"]["spec"]["template"]["spec"]["containers"]
+    # The address is that of the servers' Service, which has none of its own.
+    [url] = [word for word in container["args"] if word.startswith("--url=")]
+    host, _, port = url.partition("=")[2].partition(":")
+    service = servers["Service"]
+    assert (host, service["spec"]["clusterIP"]) == (service["metadata"]["name"], "None")
+    [grpc] = [each for each in service["spec"]["ports"] if each["port"] == int(port)]
+    # The servers' policy lets gateways in.
+    entries = servers["NetworkPolicy"]["spec"]["ingress"]
+    [entry] = [each for each in entries if {"port": grpc["targetPort"]} in each["ports"]]
+    [clients] = [each["podSelector"]["matchLabels"] for each in entry["from"]]
+    assert clients.items() <= labels.items()
+    # The gateways' policy lets calls out, and with them the look-up of names.
+    out = gateways["NetworkPolicy"]["spec"]["egress"]
+    template = servers["Deployment"]["spec"]["template"]
+    [server] = template["spec"]["containers"]
+    [of_grpc] = [each for each in server["ports"] if each["name"] == grpc["targetPort"]]
+    [calls] = [each for each in out if {"port": of_grpc["containerPort"]} in each["ports"]]
+    [whom] = [each["podSelector"]["matchLabels"] for each in calls["to"]]
+    assert whom.items() <= template["metadata"]["labels"].items()
+    names = [each["ports"] for each in out if "to" not in each]
+    assert names == [[{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]]
+    # Nothing that is meant for one takes hold of the other.
+    selectors = [gateways[kind]["spec"]["selector"] for kind in ("Service", "Deployment")]
+    assert all(
+        selector.get("matchLabels", selector).items() <= labels.items() for selector in selectors
+    )
+    for kind in ("Service", "Deployment", "PodDisruptionBudget"):
+        selector = servers[kind]["spec"]["selector"]
+        assert not selector.get("matchLabels", selector).items() <= labels.items(), kind
+    taken = servers["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
+    assert not taken.items() <= labels.items()
+    # A gateway's client does not get past its keys.
+    admitted = gateways["NetworkPolicy"]["spec"]["ingress"][0]["from"][0]["podSelector"]
+    assert not clients.items() <= admitted["matchLabels"].items()
+
+
+def test_every_metric_of_the_gateway_exists(gateway_container: GatewayProcess) -> None:
+    _rerank(gateway_container)
+    own = {name for name in named() if name.startswith(GATEWAYS)}
+    assert own
+    assert own <= told(gateway_container.url.removeprefix("http://"))
+
+
+def test_queries_of_the_gateway_on_a_real_prometheus(
+    gateway_container: GatewayProcess, tmp_path: Path
+) -> None:
+    target = gateway_container.url.removeprefix("http://")
+    with prometheus(tmp_path, {"gateway:8080": target}) as url:
+        deadline = time.monotonic() + 30
+        while not _results(url, f"rate({GATEWAYS}requests_total[1m]) > 0"):
+            assert time.monotonic() < deadline
+            _rerank(gateway_container)
+            time.sleep(0.2)
+        for place, query in queries().items():
+            if place.startswith("panel") and GATEWAYS in query:
+                assert _results(url, query), f"{place}: {query}"
+        [target] = [each["metric"]["job"] for each in _results(url, "up == 1")]
+        assert f'up{{job="{target}"}} == 0' in queries().values()
