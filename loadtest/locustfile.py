@@ -1,7 +1,8 @@
 """Locust users of the ensemble: ``locust -f loadtest/locustfile.py --host HOST:PORT [USER …]``.
 
 Closed loop: each ``RerankUser`` (the tritonrank client) or ``TritonUser`` (plain tritonclient)
-sends its next request when it has the answer. Open loop: each ``ArrivalUser`` sends ``--rate``
+sends its next request when it has the answer; so does each ``GatewayUser``, by HTTP through the
+gateway (``--host http://HOST:PORT``). Open loop: each ``ArrivalUser`` sends ``--rate``
 requests a second on average, answered or not, as the public does; what a request waits for the
 server is part of its response time. ``-f loadtest/locustfile.py,loadtest/shapes.py`` lets their
 number change.
@@ -14,6 +15,7 @@ import grpc.experimental.gevent
 # Before any channel is made: gRPC's own threads would block the hub, on which all users run.
 grpc.experimental.gevent.init_gevent()
 
+import json
 import random
 import sys
 import time
@@ -26,6 +28,7 @@ from typing import Any
 import gevent.pool
 import numpy as np
 import tritonclient.grpc as triton
+from geventhttpclient import HTTPClient
 from locust import User, events, task
 from locust.env import Environment
 from locust.runners import WorkerRunner
@@ -154,6 +157,30 @@ class TritonUser(_Reranking):
         inputs[1].set_data_from_numpy(np.array(documents, dtype=object))
         options = {"priority": 2, "parameters": {"bulk": True}} if self.options.bulk else {}
         self.client.infer("reranker", inputs, client_timeout=self.options.timeout, **options)
+
+
+class GatewayUser(_Reranking):
+    """HTTP through the gateway, closed loop."""
+
+    host = "http://127.0.0.1:8080"
+
+    def on_start(self) -> None:
+        super().on_start()
+        timeout = self.options.timeout
+        self.http = HTTPClient.from_url(
+            self.host, connection_timeout=timeout, network_timeout=timeout
+        )
+
+    def on_stop(self) -> None:
+        self.http.close()
+
+    def rank(self, request: Request) -> None:
+        body = json.dumps(dict(zip(("query", "documents"), request)))
+        kind = {"content-type": "application/json"}
+        response = self.http.post("/rerank", body.encode(), kind)
+        answer = json.loads(response.read())
+        if response.status_code != 200:
+            raise ConnectionError(f"{response.status_code}: {answer['message']}")
 
 
 class Throughput:

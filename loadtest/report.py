@@ -351,6 +351,23 @@ def memory(folder: Path) -> str:
     return _table(head, rows)
 
 
+def gateway(folder: Path) -> str:
+    """What the HTTP gateway costs, on each machine that it was measured on."""
+    head = ["", "by gRPC", "through the gateway", "added", "a process carries"]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("gateway/*.json"))]
+    rows = [
+        (
+            _machine(result),
+            f"{result['grpc_ms']:.1f} ms",
+            f"{result['gateway_ms']:.1f} ms",
+            f"{result['added_ms']:.1f} ms",
+            f"{result['requests_per_second']:.0f} requests/s",
+        )
+        for result in results
+    ]
+    return _table(head, rows)
+
+
 def write(path: Path, name: str, block: str) -> None:
     """Puts the block between the two marks of that name in the file.
 
@@ -374,6 +391,7 @@ def main(root: Path = ROOT) -> None:
     write(root / "loadtest" / "RESULTS.md", "benchmark", benchmark(machines))
     write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
     write(root / "loadtest" / "RESULTS.md", "memory", memory(folder))
+    write(root / "loadtest" / "RESULTS.md", "gateway", gateway(folder))
     several = json.loads((folder / "replicas" / "replicas.json").read_text())
     write(root / "docker" / "README.md", "replicas", replicas(several))
 

@@ -103,8 +103,13 @@ def test_contestants_agree_and_are_reported(
     (results / "memory" / "large-int8.json").write_text(
         json.dumps(measured | taken | {"share_of_bound": 0.5, "hardware": result["hardware"]})
     )
-    blocks = [marks.format(name, name) for name in ("benchmark", "load", "memory")]
-    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}{blocks[2]}after\n")
+    (results / "gateway").mkdir()
+    cost = {"grpc_ms": 2.0, "gateway_ms": 3.5, "added_ms": 1.5, "requests_per_second": 700.4}
+    (results / "gateway" / "cpu.json").write_text(
+        json.dumps(cost | {"hardware": result["hardware"]})
+    )
+    blocks = [marks.format(name, name) for name in ("benchmark", "load", "memory", "gateway")]
+    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}{blocks[2]}{blocks[3]}after\n")
     operations.write_text(marks.format("replicas", "replicas"))
     report.main(tmp_path)
     text = tables.read_text()
@@ -112,6 +117,7 @@ def test_contestants_agree_and_are_reported(
     row = "| one killed | 7 | 2 wrong answer | 1 | 2 | 3 | 0.25 0.75 |"
     assert row in operations.read_text()
     assert "| 4096 |" in text
+    assert "| 2.0 ms | 3.5 ms | 1.5 ms | 700 requests/s |" in text
     assert "Left out: " in text
     assert "GPU: not measured" in text
     assert text.startswith("before\n")

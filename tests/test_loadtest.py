@@ -20,7 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import start
+from conftest import GatewayProcess, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank.cli import main
 from tritonrank_server.serving.serve import EmbeddedServer
@@ -105,6 +105,20 @@ def test_failures_are_told_apart(int8_server: EmbeddedServer, tmp_path: Path, us
     kind = "InferenceServerException" if user == "TritonUser" else "InvalidRequestError"
     assert set(counts) == {f"{own}: {kind}"}
     assert "QUERY is blank" in printed
+
+
+def test_users_of_the_gateway(gateway: GatewayProcess, tmp_path: Path) -> None:
+    counts, printed = locust(
+        gateway.url, "--users=3", "--run-time=3s", "--workload=autocomplete", "GatewayUser"
+    )
+    assert set(counts) == {"autocomplete"}
+    assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"query": " ", "documents": ["a"]}')
+    many = ["--users=1", "--run-time=2s", "--exit-code-on-error=0", "--workload", str(own)]
+    counts, printed = locust(gateway.url, *many, "GatewayUser")
+    assert set(counts) == {f"{own}: ConnectionError"}
+    assert "QUERY is blank" in printed, printed
 
 
 def answered(server: EmbeddedServer) -> float:
