@@ -36,8 +36,10 @@ from .fields import InvalidField
 from .keys import Keys
 from .metrics import Metrics
 
-#: The text that a body may hold while it comes, of all requests together.
+#: The most text of all requests together, from when it comes until it is answered.
 MOST_BYTES = 512 * 1024 * 1024
+#: A body of fewer is read at once; others in a thread, so that nobody waits for one with objects.
+QUICK_BYTES = 64 * 1024
 #: Of one request with a query a document, so many queries are asked for at a time.
 QUERIES_AT_A_TIME = 32
 #: Seconds for which the server is taken to be as ready as it was.
@@ -52,6 +54,8 @@ log = logging.getLogger(__name__)
 INFINITYS_DEFAULT = "default/not-specified"
 #: An id that may stand in logs and headers.
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+#: W3C's; gRPC fails on what is not printable, or long.
+TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x7e]{0,200})?")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Seen:
 
     Attributes:
         id: the client's own, or a new one.
+        bytes: of its body that came.
         dialect: None of a request that ranks nothing.
         documents, tokens: 0 and None until they are known.
         status: of the answer.
@@ -89,6 +94,7 @@ class Seen:
     """
 
     id: str
+    bytes: int = 0
     dialect: Dialect | None = None
     documents: int = 0
     tokens: int | None = None
@@ -167,6 +173,7 @@ class Gateway:
             response.headers["x-request-id"] = seen.id
             with suppress(OSError):  # Of a client that is gone.
                 await response(scope, receive, send)
+        self._bytes -= seen.bytes
         if seen.dialect:
             seen.seconds = time.perf_counter() - begun
             self.metrics.add(seen)
@@ -197,17 +204,15 @@ class Gateway:
         self._admit(request)
         if self._documents >= self._limits.documents_under_way:
             raise _busy(f"{self._documents} documents are under way")
-        body = _parsed(await self._body(request))
+        raw = await self._body(request, seen)
+        body = _parsed(raw)
         seen.dialect = dialect = dialects.dialect(forced, path, body)
         try:
-            call = dialect.read(body)
+            if len(raw) < QUICK_BYTES:
+                call = dialect.read(body, self._limits.documents)
+            else:
+                call = await asyncio.to_thread(dialect.read, body, self._limits.documents)
             seen.documents = len(call.documents)
-            if seen.documents > self._limits.documents:
-                raise InvalidField(
-                    dialect.documents,
-                    f"has {seen.documents}, and a request may have {self._limits.documents}: "
-                    "split it",
-                )
             name = self._name(call)
             answered = await self._ranked(request, seen, call, name)
         except InvalidField as error:
@@ -247,8 +252,8 @@ class Gateway:
         self, call: Call, request: Request, id: str
     ) -> tuple[list[RankedDocument], Model | None]:
         """All documents, best first; indices are those of the call."""
-        trace = request.headers.get("traceparent")
-        metadata = [("traceparent", trace)] if trace and trace.isascii() else []
+        trace = request.headers.get("traceparent", "")
+        metadata = [("traceparent", trace)] if TRACE.fullmatch(trace) else []
         options: dict[str, Any] = {
             "timeout": self._limits.seconds,
             "request_id": id,
@@ -286,7 +291,7 @@ class Gateway:
                 401, "no valid key: send Authorization: Bearer KEY", www_authenticate="Bearer"
             )
 
-    async def _body(self, request: Request) -> bytearray:
+    async def _body(self, request: Request, seen: Seen) -> bytearray:
         """The whole body, within its limits."""
         headers = request.headers
         if headers.get("content-encoding", "identity").lower() != "identity":
@@ -295,35 +300,31 @@ class Gateway:
         if kind != "application/json" and not kind.endswith("+json"):
             raise _Refused(415, f"the content type is {kind}: send application/json")
         try:
-            return await asyncio.wait_for(self._received(request), self._limits.seconds)
+            return await asyncio.wait_for(self._received(request, seen), self._limits.seconds)
         except asyncio.TimeoutError:
             raise _Refused(
                 408, f"no whole body within {self._limits.seconds:g} s", connection="close"
             ) from None
 
-    async def _received(self, request: Request) -> bytearray:
+    async def _received(self, request: Request, seen: Seen) -> bytearray:
         told = request.headers.get("content-length", "")
-        size, held, body = int(told) if told.isdecimal() else 0, 0, bytearray()
+        size, body = int(told) if told.isdecimal() else 0, bytearray()
         stream = request.stream()
-        try:
-            while True:
-                if size > self._limits.body_bytes:
-                    raise _Refused(
-                        413,
-                        f"the body has more than {self._limits.body_bytes} bytes: send fewer "
-                        "documents, or shorter ones",
-                        connection="close",
-                    )
-                # What is announced counts from the beginning.
-                self._bytes, held = self._bytes + size - held, size
-                if self._bytes > MOST_BYTES:
-                    raise _busy("too much text is on its way", connection="close")
-                if (chunk := await anext(stream, None)) is None:
-                    return body
-                body += chunk
-                size = max(size, len(body))
-        finally:
-            self._bytes -= held
+        while True:
+            if max(size, len(body)) > self._limits.body_bytes:
+                raise _Refused(
+                    413,
+                    f"the body has more than {self._limits.body_bytes} bytes: send fewer "
+                    "documents, or shorter ones",
+                    connection="close",
+                )
+            if self._bytes > MOST_BYTES:
+                raise _busy("too much text is on its way", connection="close")
+            if (chunk := await anext(stream, None)) is None:
+                return body
+            body += chunk
+            seen.bytes += len(chunk)
+            self._bytes += len(chunk)
 
     def _name(self, call: Call) -> str | None:
         """What the model is called in the answer, if the request may say so."""

@@ -166,6 +166,8 @@ def _listening(host: str, port: int) -> socket.socket:
     # Inherited by connections. Else an answer's body waits for the acknowledgement of its head,
     # which clients delay by 40 ms; asyncio sees to it only where the socket names its protocol.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Who reads no answer would keep it for ever.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * GRACE)
     return listening
 
 

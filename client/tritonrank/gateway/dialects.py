@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..protocol import Model, RankedDocument
-from .fields import InvalidField, boolean, integer, several, string, strings, text
+from .fields import InvalidField, boolean, bounded, integer, several, string, strings, text
 
 Body = Mapping[str, Any]
 Documents = Sequence[RankedDocument]
@@ -139,8 +139,8 @@ class Dialect:
     invalid: int = 422
     nested: bool = False
 
-    def read(self, body: Body) -> Call:
-        """What the body asks for.
+    def read(self, body: Body, most: float = math.inf) -> Call:
+        """What the body asks for, with so many documents at most.
 
         Raises:
             InvalidField: a field is wrong, or is not supported and would change scores.
@@ -148,6 +148,8 @@ class Dialect:
         _refuse_unsupported(body)
         rank_fields = strings(body, "rank_fields")
         sent = _listed(body, self.documents) if self is VLLM else several(body, self.documents)
+        _refuse_many(self.documents, sent, most)
+        bounded("query", [body.get("query")])
         field, default = self.returns
         return _call(
             body,
@@ -244,6 +246,12 @@ def _listed(body: Body, name: str) -> list[Any]:
     return [body[name]] if isinstance(body.get(name), (str, dict)) else several(body, name)
 
 
+def _refuse_many(name: str, documents: Sequence[object], most: float) -> None:
+    if len(documents) > most:
+        raise InvalidField(name, f"has {len(documents)}, and a request may have {most}: split it")
+    bounded(name, documents)
+
+
 def _results(answered: Answered, document: Callable[[RankedDocument], object]) -> dict[str, Any]:
     """What Cohere, Jina, vLLM, Xinference and infinity have in common, and more."""
     results = []
@@ -335,10 +343,12 @@ def _deepinfra(answered: Answered) -> object:
 class _Score(Dialect):
     """vLLM's ``/score``: pairs, one query with many documents or one with each."""
 
-    def read(self, body: Body) -> Call:
+    def read(self, body: Body, most: float = math.inf) -> Call:
         _refuse_unsupported(body)
         names = next((names for names in PAIRS if names[1] in body), PAIRS[0])
         queries, documents = (_listed(body, name) for name in names)
+        _refuse_many(names[1], documents, most)
+        bounded(names[0], queries)
         if len(queries) not in (1, len(documents)):
             raise InvalidField(
                 names[0],

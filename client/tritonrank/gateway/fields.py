@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
+
+#: What the objects of a request may have, all together, and how deep they may be.
+MOST_VALUES, MOST_DEPTH = 100_000, 64
+#: How many names a field may have a list of.
+MOST_NAMES = 100
+#: libyaml, where there is one: Python's takes a second for a megabyte.
+QUICK = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+#: Characters of an object that no model reads to its end.
+LONG = 64 * 1024
 
 
 class InvalidField(ValueError):
@@ -57,6 +66,8 @@ def strings(body: Mapping[str, Any], name: str) -> list[str]:
         return []
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise InvalidField(name, f"is {_shown(value)}: send a list of strings")
+    if len(value) > MOST_NAMES:
+        raise InvalidField(name, f"has {len(value)}: send {MOST_NAMES} at most")
     return value
 
 
@@ -68,6 +79,25 @@ def several(body: Mapping[str, Any], name: str) -> list[Any]:
     if not value:
         raise InvalidField(name, "is empty: send at least one")
     return value
+
+
+def bounded(name: str, values: Sequence[object]) -> None:
+    """Refuses objects that take seconds to read as YAML, or are too deep to stand in an answer."""
+    left = MOST_VALUES
+    for _ in range(MOST_DEPTH):
+        values = [inner for each in values for inner in _inner(each)]
+        left -= len(values)
+        if not values:
+            return
+        if left < 0:
+            raise InvalidField(name, f"has objects of over {MOST_VALUES} values: send texts")
+    raise InvalidField(name, f"has objects nested over {MOST_DEPTH} deep: send texts")
+
+
+def _inner(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def text(value: object, name: str, rank_fields: Sequence[str] = ()) -> str:
@@ -89,7 +119,7 @@ def text(value: object, name: str, rank_fields: Sequence[str] = ()) -> str:
     if rank_fields:
         found = {field: value[field] for field in rank_fields if field in value}
         if not found:
-            raise InvalidField(name, f"has none of rank_fields, {', '.join(rank_fields)}")
+            raise InvalidField(name, f"has none of rank_fields, {', '.join(rank_fields)[:200]}")
         return _yaml(found)
     for key in ("text", "content"):
         if isinstance(value.get(key), str):
@@ -111,7 +141,16 @@ def _part(value: object, name: str) -> str:
 
 
 def _yaml(value: dict[str, Any]) -> str:
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=2**31))
+    dumped = _dumped(value, QUICK)
+    # libyaml escapes emoji and whatever else is beyond 16 bits.
+    if "\\U" in dumped and len(dumped) < LONG:
+        return _dumped(value, yaml.SafeDumper)
+    return dumped
+
+
+def _dumped(value: dict[str, Any], dumper: Any) -> str:
+    wide = 2**31 - 1
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=wide)
 
 
 def _shown(value: object) -> str:
