@@ -83,7 +83,15 @@ def test_it_tells_what_clients_ask(gateway: GatewayProcess, int8_server: Embedde
             [told] = http.get(path).json()["data"]
             assert told["id"] == model.name
         healthy = ("/health", "/v1/health/ready", "/health/live", "/ping", "/.well-known/ready")
-        for path in (*healthy, "/.well-known/live", "/meta", "/tei/health", "/openapi.json"):
+        for path in (
+            *healthy,
+            "/.well-known/live",
+            "/meta",
+            "/tei/health",
+            "/openapi.json",
+            "/docs",
+            "/",
+        ):
             assert http.get(path).status_code == 200, path
             assert http.head(path).status_code == 200, path
         for method, path, status in (

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
@@ -136,7 +137,11 @@ class Gateway:
         self._started = int(time.time())
         self.metrics = Metrics(lambda: self._documents, client.cache)
         document = files(__package__).joinpath("openapi.json").read_bytes()
-        self._static = {"": _page(), "openapi.json": _Static(document, "application/json", {})}
+        self._static = {
+            "": _page(),
+            "openapi.json": _Static(document, "application/json", {}),
+            "docs": _docs(document),
+        }
         self._open: dict[str, Callable[[], Awaitable[Response]]] = {
             "health": self._health,
             "health/ready": self._health,
@@ -443,6 +448,24 @@ def _page() -> _Static:
         "cache-control": "no-cache",
     }
     return _Static(content, "text/html; charset=utf-8", headers)
+
+
+def _docs(document: bytes) -> _Static:
+    """What the OpenAPI document says of each path, for people."""
+    content = orjson.loads(document)
+    rows = [
+        f"<dt><code>{method.upper()} {path}</code></dt><dd>{escape(each['summary'])}</dd>"
+        for path, methods in content["paths"].items()
+        for method, each in methods.items()
+    ]
+    text = (
+        '<!doctype html><html lang="en"><meta name="viewport" content="width=device-width">'
+        f"<title>tritonrank</title><h1>tritonrank</h1><p>{escape(content['info']['description'])}"
+        f'</p><dl>{"".join(rows)}</dl><p>All of it: <a href="openapi.json">openapi.json</a>. '
+        '<a href="./">Try it</a>.</p></html>'
+    )
+    headers = {"content-security-policy": "default-src 'none'"}
+    return _Static(text.encode(), "text/html; charset=utf-8", headers)
 
 
 def _parsed(body: bytearray) -> dict[str, Any]:
