@@ -201,7 +201,9 @@ class Gateway:
             raise _Refused(405, f"{request.method} is not for this path: use POST", allow="POST")
         if path in self._open or path in self._closed or path in self._static:
             raise _Refused(405, f"{request.method} is not for this path: use GET", allow="GET")
-        raise _Refused(404, f"there is no {request.url.path}: POST to /rerank, see /openapi.json")
+        raise _Refused(
+            404, f"there is no {request.url.path[:200]}: POST to /rerank, see /openapi.json"
+        )
 
     async def _rerank(
         self, request: Request, seen: Seen, forced: Dialect | None, path: str
@@ -303,7 +305,7 @@ class Gateway:
             raise _Refused(415, "send the body as it is, not encoded", accept_encoding="identity")
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
-            raise _Refused(415, f"the content type is {kind}: send application/json")
+            raise _Refused(415, f"the content type is {kind[:200]}: send application/json")
         try:
             return await asyncio.wait_for(self._received(request, seen), self._limits.seconds)
         except asyncio.TimeoutError:

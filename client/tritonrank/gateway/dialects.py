@@ -345,7 +345,7 @@ class _Score(Dialect):
 
     def read(self, body: Body, most: float = math.inf) -> Call:
         _refuse_unsupported(body)
-        names = next((names for names in PAIRS if names[1] in body), PAIRS[0])
+        names = next((names for names in PAIRS if body.get(names[1]) is not None), PAIRS[0])
         queries, documents = (_listed(body, name) for name in names)
         _refuse_many(names[1], documents, most)
         bounded(names[0], queries)
@@ -405,8 +405,16 @@ def resource(path: str) -> tuple[Dialect | None, str]:
     return forced, "/".join(parts)
 
 
+#: Fields that tell the dialect by being there.
+TELLING = {"property", "top_k", "truncation"}
+
+
 def dialect(forced: Dialect | None, path: str, body: Body) -> Dialect:
-    """That of a body, by its fields; a path that forces one yields only to another's documents."""
+    """That of a body, by its fields; a path that forces one yields only to another's documents.
+
+    Documents that are null are none; of other fields, clients send null for what they mean.
+    """
+    body = {name: value for name, value in body.items() if value is not None or name in TELLING}
     if path == "inference":
         return DEEPINFRA
     if path == "score" or (not forced and any(name in body for name in ("queries", "text_1"))):
