@@ -84,7 +84,7 @@ def check_refusal(dialect: Dialect, error: InvalidField) -> None:
 # Any body.
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     st.sampled_from([None, *dialects.PREFIXES.values()]),
     st.sampled_from(["rerank", "score"]),
