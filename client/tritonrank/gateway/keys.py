@@ -54,7 +54,7 @@ class Keys:
             stamp = status.st_mtime_ns, status.st_ino, status.st_size
             if stamp == self._stamp:
                 return
-            lines = self._path.read_text(encoding="utf-8").split("\n")
+            lines = self._path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise KeyFileError(f"the key file {self._path} cannot be read ({error})") from error
         keys = [line.strip() for line in lines if line.strip()]
