@@ -1,5 +1,5 @@
 """An HTTP server in front of Triton that speaks every dialect of ``/rerank``.
 
-``command`` starts it; ``app`` has the requests' way through it; ``dialects`` reads bodies and
-writes answers; ``protocol`` guards the connections.
+``command`` starts it; ``app`` has a request's way through it; ``dialects`` reads bodies and writes
+answers, by ``fields``; ``protocol`` guards the connections.
 """

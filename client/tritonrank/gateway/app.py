@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import re
 import time
@@ -11,10 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from html import escape
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 import orjson
@@ -31,11 +27,11 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..protocol import Model, RankedDocument
-from . import dialects
+from . import dialects, static
 from .dialects import Answered, Call, Dialect
 from .fields import InvalidField
 from .keys import Keys
-from .metrics import Metrics
+from .metrics import Metrics, Seen
 
 #: The most text of all requests together, from when it comes until it is answered.
 MOST_BYTES = 512 * 1024 * 1024
@@ -81,28 +77,6 @@ class Limits:
                 raise ValueError(f"the limit of {name} is {value}: pass a number above 0")
 
 
-@dataclass
-class Seen:
-    """What is known of a request, for its log line and the metrics.
-
-    Attributes:
-        id: the client's own, or a new one.
-        bytes: of its body that came.
-        dialect: None of a request that ranks nothing.
-        documents, tokens: 0 and None until they are known.
-        status: of the answer.
-        seconds: until it was sent.
-    """
-
-    id: str
-    bytes: int = 0
-    dialect: Dialect | None = None
-    documents: int = 0
-    tokens: int | None = None
-    status: int = 500
-    seconds: float = 0.0
-
-
 class _Refused(Exception):
     """An answer that is an error."""
 
@@ -136,12 +110,7 @@ class Gateway:
         self._ready, self._asked = False, -READINESS_HOLDS
         self._started = int(time.time())
         self.metrics = Metrics(lambda: self._documents, client.cache)
-        document = files(__package__).joinpath("openapi.json").read_bytes()
-        self._static = {
-            "": _page(),
-            "openapi.json": _Static(document, "application/json", {}),
-            "docs": _docs(document),
-        }
+        self._static = static.every()
         self._open: dict[str, Callable[[], Awaitable[Response]]] = {
             "health": self._health,
             "health/ready": self._health,
@@ -187,8 +156,8 @@ class Gateway:
     async def _answer(self, request: Request, seen: Seen) -> Response:
         forced, path = dialects.resource(request.url.path)
         if request.method in ("GET", "HEAD"):
-            if static := self._static.get(path):
-                return static.response()
+            if file := self._static.get(path):
+                return file.response()
             if path in self._open:
                 return await self._open[path]()
             if path in self._closed:
@@ -416,58 +385,6 @@ class Gateway:
             for name in self._names or [served]
         ]
         return _json({"object": "list", "data": data})
-
-
-@dataclass
-class _Static:
-    """A file that is served as it is."""
-
-    content: bytes
-    kind: str
-    headers: dict[str, str]
-
-    def response(self) -> Response:
-        return Response(self.content, media_type=self.kind, headers=self.headers)
-
-
-def _page() -> _Static:
-    """The page, which may run its own script and style, and nothing else."""
-    content = files(__package__).joinpath("index.html").read_bytes()
-    hashes = {}
-    for element in (b"script", b"style"):
-        [inner] = re.findall(rb"<%b>(.*?)</%b>" % (element, element), content, re.DOTALL)
-        digest = base64.b64encode(sha256(inner).digest()).decode()
-        hashes[element.decode()] = f"'sha256-{digest}'"
-    policy = (
-        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
-    headers = {
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
-    return _Static(content, "text/html; charset=utf-8", headers)
-
-
-def _docs(document: bytes) -> _Static:
-    """What the OpenAPI document says of each path, for people."""
-    content = orjson.loads(document)
-    rows = [
-        f"<dt><code>{method.upper()} {path}</code></dt><dd>{escape(each['summary'])}</dd>"
-        for path, methods in content["paths"].items()
-        for method, each in methods.items()
-    ]
-    text = (
-        '<!doctype html><html lang="en"><meta name="viewport" content="width=device-width">'
-        f"<title>tritonrank</title><h1>tritonrank</h1><p>{escape(content['info']['description'])}"
-        f'</p><dl>{"".join(rows)}</dl><p>All of it: <a href="openapi.json">openapi.json</a>. '
-        '<a href="./">Try it</a>.</p></html>'
-    )
-    headers = {"content-security-policy": "default-src 'none'"}
-    return _Static(text.encode(), "text/html; charset=utf-8", headers)
 
 
 def _parsed(body: bytearray) -> dict[str, Any]:

@@ -1,21 +1,41 @@
-"""Prometheus metrics of the gateway."""
+"""What is known of a request, and Prometheus' metrics of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from ..cache import PairCache
-
-if TYPE_CHECKING:
-    from .app import Seen
+from .dialects import Dialect
 
 #: Seconds, from a cached pair to a large request on a CPU.
 BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass
+class Seen:
+    """What is known of a request, for its log line and the metrics.
+
+    Attributes:
+        id: the client's own, or a new one.
+        bytes: of its body that came.
+        dialect: None of a request that ranks nothing.
+        documents, tokens: 0 and None until they are known.
+        status: of the answer.
+        seconds: until it was sent.
+    """
+
+    id: str
+    bytes: int = 0
+    dialect: Dialect | None = None
+    documents: int = 0
+    tokens: int | None = None
+    status: int = 500
+    seconds: float = 0.0
 
 
 class Metrics:
