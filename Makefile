@@ -22,8 +22,8 @@ demo: $(VENV)/.serving | published ## Rank a sample with the embedded server
 serve: $(VENV)/.serving | published ## Serve the model repository until Ctrl-C
 	$(BIN)/tritonrank serve
 
-gateway: $(VENV)/.serving ## Serve the rerank APIs over HTTP, in front of URL=… (default 127.0.0.1:8001)
-	$(BIN)/tritonrank gateway $(if $(URL),--url $(URL))
+gateway: $(VENV)/.serving ## Serve the rerank APIs over HTTP, in front of URL=…; ARGS="--port 8081 …"
+	$(BIN)/tritonrank gateway $(if $(URL),--url $(URL)) $(ARGS)
 
 export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8
 	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)

@@ -148,6 +148,20 @@ def test_metrics_and_log_lines(int8_server: EmbeddedServer, tmp_path: Path) -> N
     assert (last["documents"], last["tokens"], last["status"]) == (0, None, 422)
 
 
+def test_what_is_refused_is_in_the_log(int8_server: EmbeddedServer, tmp_path: Path) -> None:
+    with gateway_of(int8_server, tmp_path / "log") as gateway:
+        for path in ("/rerank", "/nowhere/a%0Ab=c", "/v3/rerank"):
+            httpx.post(gateway.url + path, json={"query": "tea"})
+        httpx.get(f"{gateway.url}/health")
+        assert 'dialect="none",status="404"} 2.0' in httpx.get(f"{gateway.url}/metrics").text
+        _, *lines = gateway.log.read_text().splitlines()
+    assert len(lines) == 3
+    assert 'path="/rerank"' in lines[0]
+    assert 'error="documents is missing: send a list"' in lines[0]
+    assert 'path="/nowhere/' in lines[1]
+    assert "status=404" in lines[2]
+
+
 def test_names_of_the_model(int8_server: EmbeddedServer, tmp_path: Path) -> None:
     names = ["--served-model-name=rerank-1", "--served-model-name=rerank-2"]
     with (
@@ -250,6 +264,7 @@ def test_without_a_server(tmp_path: Path) -> None:
         assert httpx.get(f"{gateway.url}/health", timeout=20).status_code == 503
         assert httpx.get(f"{gateway.url}/info", timeout=20).status_code == 503
         assert httpx.get(f"{gateway.url}/health/live").status_code == 200
+        assert f"no server is ready at ['{url}']" in gateway.log.read_text()
 
 
 def test_too_many_documents_under_way(tmp_path: Path) -> None:
@@ -304,6 +319,7 @@ def test_what_was_begun_is_answered(int8_repository: Path, tmp_path: Path) -> No
         (["--timeout=-1"], "limit of seconds"),
         (["--cache=-1"], "cache is -1"),
         (["--ssl-certfile=/nowhere"], "/nowhere"),
+        (["--cors-origin=a.example"], "a.example is no origin"),
         (["--max-documents=0"], "limit of documents"),
     ],
 )

@@ -186,6 +186,9 @@ BAD: dict[str, tuple[int, bytes, str]] = {
     "no documents": (422, b'{"query": "tea"}', "documents"),
     "many names": (422, body(rank_fields=["a"] * 101), "rank_fields"),
     "no such name": (422, body(documents=[{"a": ""}], rank_fields=["b" * 10_000]), "documents[0]"),
+    "a text that is null": (422, body(documents=[{"text": None}]), "documents[0].text is null"),
+    "a number as text": (422, body(documents=["tea", {"text": 5}]), "documents[1].text is 5"),
+    "no pairs": (400, b'{"queries": ["a"]}', "documents are missing"),
     "an image": (422, body(documents=[{"image": "data:"}]), "documents[0]"),
     "a short limit": (422, body(max_tokens_per_doc=1), "max_tokens_per_doc"),
 }
@@ -222,7 +225,6 @@ ODD = {
     "null": body(top_n=None, return_documents=None, model=None, rank_fields=None),
     "an empty document": body(documents=["a car", "green tea", ""]),
     "an escaped NUL": body(documents=["a car", "green tea", "\0"]),
-    "a number as an object's text": body(documents=[{"text": 5}, {"text": "green tea"}]),
     "one huge document": body(documents=["a car", "green tea " * 400_000]),
     "one huge object": body(documents=[{"a": "car"}, {"a": "green tea 🍵 " * 150_000}]),
     "a huge top_n": body(top_n=1e300),

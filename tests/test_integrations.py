@@ -442,7 +442,7 @@ def test_a_framework_that_is_missing(module: str, package: str, extra: str) -> N
     code = f"import sys; sys.modules['{package}'] = None; import tritonrank.integrations.{module}"
     last = python(code).stderr.splitlines()[-1]
     assert last.startswith("ImportError: ")
-    assert last.endswith(f" is missing, or too old: pip install 'tritonrank[{extra}]'")
+    assert last.endswith(f" is missing, or too old: in a checkout, pip install '.[{extra}]'")
 
 
 @pytest.mark.parametrize("module", ["langchain", "llama_index", "haystack"])

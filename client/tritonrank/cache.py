@@ -41,7 +41,7 @@ class PairCache:
             from cachetools import LRUCache
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "a cache needs cachetools: pip install 'tritonrank[cache]'", name=error.name
+                "a cache needs cachetools: in a checkout, pip install '.[cache]'", name=error.name
             ) from error
         self._known: LRUCache[bytes, RankedDocument] = LRUCache(pairs)
         self._lock = Lock()

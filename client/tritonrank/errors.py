@@ -40,6 +40,7 @@ _TYPES = {
 def from_rpc(error: grpc.RpcError, proxy: str | None) -> RerankError:
     """The typed exception for what gRPC raised, which does not say that a proxy was in between."""
     code, details = error.code(), error.details() or error.code().name
+    details = details.removeprefix("in ensemble 'reranker', ")  # Triton's word for where it was.
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "no ranking before the deadline: pass a longer timeout, or fewer documents"
     kind = _TYPES.get(code, RerankError)

@@ -131,13 +131,13 @@ class Gateway:
             return
         begun = time.perf_counter()
         request = Request(scope, receive)
-        seen = Seen(_request_id(request))
+        seen = Seen(_request_id(request), request.url.path)
         try:
             response = await self._answer(request, seen)
         except _Refused as refused:
             response = self._error(refused, seen)
         except ClientDisconnect:
-            seen.status = GONE
+            seen.status, seen.error = GONE, "the client hung up"
             response = None
         except Exception:  # Never shown to a client.
             log.exception("request %s failed", seen.id)
@@ -148,7 +148,7 @@ class Gateway:
             with suppress(OSError):  # Of a client that is gone.
                 await response(scope, receive, send)
         self._bytes -= seen.bytes
-        if seen.dialect:
+        if seen.dialect or seen.error:
             seen.seconds = time.perf_counter() - begun
             self.metrics.add(seen)
             access.info("", extra={"seen": seen})
@@ -318,7 +318,7 @@ class Gateway:
         return self._names[0] if self._names else model.name if model else "reranker"
 
     def _error(self, refused: _Refused, seen: Seen) -> Response:
-        dialect = seen.dialect or dialects.COHERE
+        dialect, seen.error = seen.dialect or dialects.COHERE, str(refused)
         content = dialect.error(str(refused), refused.status, seen.id, refused.field)
         return _json(content, refused.status, refused.headers)
 

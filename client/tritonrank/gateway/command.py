@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import resource
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from ..connection import TLS
 from .app import Gateway, Limits
 from .keys import Keys
 from .protocol import Guarded
+
+log = logging.getLogger(__name__)
 
 #: Seconds for which a connection without a request is kept; longer than what proxies use.
 KEEP_ALIVE = 75
@@ -61,19 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes any free port")
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="keys of the API, one a line"
+        "--api-key-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="keys of the API, one a line; without, none is asked for",
     )
     parser.add_argument(
         "--cors-origin",
         action="append",
-        default=[],
+        type=_origin,
+        default=argparse.SUPPRESS,
         metavar="ORIGIN",
         help="whose pages may call it, more than once for several; * is any",
     )
     parser.add_argument(
         "--served-model-name",
         action="append",
-        default=[],
+        default=argparse.SUPPRESS,
         metavar="NAME",
         help="what requests may call the model, more than once for several; without, as they like",
     )
@@ -81,10 +90,26 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=int, default=0, metavar="PAIRS", help="remember the scores of so many pairs"
     )
     parser.add_argument(
-        "--timeout", type=float, default=limits.seconds, metavar="SECONDS", help="of a request"
+        "--timeout",
+        type=float,
+        default=limits.seconds,
+        metavar="SECONDS",
+        help="of a request, else 504",
     )
-    parser.add_argument("--max-body-bytes", type=int, default=limits.body_bytes, metavar="BYTES")
-    parser.add_argument("--max-documents", type=int, default=limits.documents, metavar="N")
+    parser.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=limits.body_bytes,
+        metavar="BYTES",
+        help="of a request, else 413",
+    )
+    parser.add_argument(
+        "--max-documents",
+        type=int,
+        default=limits.documents,
+        metavar="N",
+        help="of a request, else 422",
+    )
     parser.add_argument(
         "--max-documents-under-way",
         type=int,
@@ -94,12 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
     tls = parser.add_argument_group("TLS of its clients", "PEM files")
-    tls.add_argument("--ssl-certfile", type=Path, metavar="FILE")
-    tls.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
+    for name in ("ssl-certfile", "ssl-keyfile"):
+        tls.add_argument(f"--{name}", type=Path, metavar="FILE")
     tls = parser.add_argument_group("TLS to Triton", "PEM files, any of which asks for it")
     for name in ("root-certificates", "private-key", "certificate-chain"):
         tls.add_argument(f"--{name}", type=Path, metavar="FILE")
     return parser
+
+
+def _origin(value: str) -> str:
+    if not re.fullmatch(r"\*|https?://[^/\s]+", value):
+        raise argparse.ArgumentTypeError(f"{value} is no origin: pass https://HOST, or *")
+    return value
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
@@ -112,16 +143,18 @@ async def _serve(arguments: argparse.Namespace) -> int:
         documents_under_way=arguments.max_documents_under_way,
         seconds=arguments.timeout,
     )
-    keys = Keys(arguments.api_key_file) if arguments.api_key_file else None
+    keys = Keys(arguments.api_key_file) if "api_key_file" in arguments else None
     tls = TLS(arguments.root_certificates, arguments.private_key, arguments.certificate_chain)
+    url = getattr(arguments, "url", "127.0.0.1:8001")
     client = AsyncRerankClient(
-        getattr(arguments, "url", "127.0.0.1:8001"),
+        url,
         timeout=arguments.timeout,
         tls=None if tls == TLS() else tls,
         cache=arguments.cache,
     )
-    app: Any = Gateway(client, limits, keys, arguments.served_model_name)
-    if arguments.cors_origin:
+    names = getattr(arguments, "served_model_name", ())
+    app: Any = Gateway(client, limits, keys, names)
+    if "cors_origin" in arguments:
         app = CORSMiddleware(
             app,
             allow_origins=arguments.cors_origin,
@@ -153,6 +186,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
         shown = f"[{host}]" if ":" in host else host
         print(f"Rerank API and a page to try it: {scheme}://{shown}:{port}", file=sys.stderr)
         async with client:
+            if not await client.is_ready(timeout=1):
+                log.warning("no server is ready at %s: requests get 503 until one is", url)
             await uvicorn.Server(config).serve(sockets=[listening])
     return 0
 
@@ -181,23 +216,30 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         seen = getattr(record, "seen", None)
         if seen is None:
-            fields = {"level": record.levelname, "message": record.getMessage()}
+            if not self._as_json:
+                return super().format(record)
+            told = {"level": record.levelname, "message": record.getMessage()}
             if record.exc_info:
-                fields["exception"] = self.formatException(record.exc_info)
-            return self._json(record, fields) if self._as_json else super().format(record)
-        fields = {
+                told["exception"] = self.formatException(record.exc_info)
+            return self._json(record, told)
+        fields: dict[str, object] = {
             "id": seen.id,
-            "dialect": seen.dialect.name,
+            "path": seen.path[:200],
+            "dialect": seen.dialect.name if seen.dialect else None,
             "documents": seen.documents,
             "tokens": seen.tokens,
             "milliseconds": round(1000 * seen.seconds, 1),
             "status": seen.status,
         }
+        if seen.error:
+            fields["error"] = seen.error
         if self._as_json:
             return self._json(record, fields)
-        return f"{self.formatTime(record)} " + " ".join(f"{k}={v}" for k, v in fields.items())
+        # Values as in JSON, so that none can look like another line.
+        pairs = (f"{name}={orjson.dumps(value).decode()}" for name, value in fields.items())
+        return f"{self.formatTime(record)} {' '.join(pairs)}"
 
-    def _json(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
+    def _json(self, record: logging.LogRecord, fields: Mapping[str, object]) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         return orjson.dumps({"time": f"{stamp}.{int(record.msecs):03}Z", **fields}).decode()
 

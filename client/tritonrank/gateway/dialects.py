@@ -201,6 +201,7 @@ def _call(body: Body, **others: Any) -> Call:
 LENGTHS = {
     "max_tokens_per_doc": 0,
     "max_doc_length": 0,
+    "max_length": 0,
     "max_tokens_per_query": 0,
     "truncate_prompt_tokens": -1,
 }
@@ -345,7 +346,11 @@ class _Score(Dialect):
 
     def read(self, body: Body, most: float = math.inf) -> Call:
         _refuse_unsupported(body)
-        names = next((names for names in PAIRS if body.get(names[1]) is not None), PAIRS[0])
+        names = next((names for names in PAIRS if body.get(names[1]) is not None), None)
+        if names is None:
+            raise InvalidField(
+                "queries", "and documents are missing: send both, or text_1 and text_2"
+            )
         queries, documents = (_listed(body, name) for name in names)
         _refuse_many(names[1], documents, most)
         bounded(names[0], queries)
@@ -417,7 +422,9 @@ def dialect(forced: Dialect | None, path: str, body: Body) -> Dialect:
     body = {name: value for name, value in body.items() if value is not None or name in TELLING}
     if path == "inference":
         return DEEPINFRA
-    if path == "score" or (not forced and any(name in body for name in ("queries", "text_1"))):
+    if path == "score" or (
+        not forced and any(name in body for name in ("queries", "text_1", "data_1"))
+    ):
         return SCORE
     if forced and forced.documents in body:
         return forced

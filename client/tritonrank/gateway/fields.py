@@ -75,7 +75,8 @@ def several(body: Mapping[str, Any], name: str) -> list[Any]:
     """The items of a list, one or more."""
     value = body.get(name)
     if not isinstance(value, list):
-        raise InvalidField(name, f"is {_shown(value)}: send a list")
+        told = "is missing" if value is None else f"is {_shown(value)}"
+        raise InvalidField(name, f"{told}: send a list")
     if not value:
         raise InvalidField(name, "is empty: send at least one")
     return value
@@ -122,9 +123,11 @@ def text(value: object, name: str, rank_fields: Sequence[str] = ()) -> str:
             raise InvalidField(name, f"has none of rank_fields, {', '.join(rank_fields)[:200]}")
         return _yaml(found)
     for key in ("text", "content"):
-        if isinstance(value.get(key), str):
-            content: str = value[key]
+        content = value.get(key)
+        if isinstance(content, str):
             return content
+        if key in value and not isinstance(content, list):
+            raise InvalidField(f"{name}.{key}", f"is {_shown(content)}: send a string")
     if isinstance(value.get("content"), list):
         return "\n".join(_part(each, f"{name}.content") for each in value["content"])
     if not value or "image" in value:

@@ -23,19 +23,23 @@ class Seen:
     Attributes:
         id: the client's own, or a new one.
         bytes: of its body that came.
+        path: that was asked for.
         dialect: None of a request that ranks nothing.
         documents, tokens: 0 and None until they are known.
         status: of the answer.
         seconds: until it was sent.
+        error: what was answered, if it is an error.
     """
 
     id: str
+    path: str
     bytes: int = 0
     dialect: Dialect | None = None
     documents: int = 0
     tokens: int | None = None
     status: int = 500
     seconds: float = 0.0
+    error: str | None = None
 
 
 class Metrics:
@@ -67,9 +71,8 @@ class Metrics:
             registry.register(_CacheCollector(cache))
 
     def add(self, seen: Seen) -> None:
-        """Counts a request of a dialect."""
-        assert seen.dialect
-        self._requests.labels(seen.dialect.name, seen.status).inc()
+        """Counts a request."""
+        self._requests.labels(seen.dialect.name if seen.dialect else "none", seen.status).inc()
         self._seconds.observe(seen.seconds)
         if seen.status == 200:
             self._documents.inc(seen.documents)

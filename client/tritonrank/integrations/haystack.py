@@ -13,7 +13,7 @@ try:
     from haystack import Document, component, default_from_dict, default_to_dict
 except ImportError as error:
     raise ImportError(
-        "Haystack is missing, or too old: pip install 'tritonrank[haystack]'"
+        "Haystack is missing, or too old: in a checkout, pip install '.[haystack]'"
     ) from error
 
 

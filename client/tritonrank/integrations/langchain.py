@@ -13,7 +13,7 @@ try:
     from pydantic import Field, PrivateAttr
 except ImportError as error:
     raise ImportError(
-        "LangChain is missing, or too old: pip install 'tritonrank[langchain]'"
+        "LangChain is missing, or too old: in a checkout, pip install '.[langchain]'"
     ) from error
 
 

@@ -18,7 +18,7 @@ try:
     from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 except ImportError as error:
     raise ImportError(
-        "LlamaIndex is missing, or too old: pip install 'tritonrank[llama-index]'"
+        "LlamaIndex is missing, or too old: in a checkout, pip install '.[llama-index]'"
     ) from error
 
 #: What events name: the server's model.

@@ -373,7 +373,10 @@ def _serve(settings: Settings, rerank_port: int | None) -> NoReturn:
         _say("No HTTP gateway, since it needs to know of TLS: see tritonrank gateway --help")
         rerank_port = None
     if rerank_port is not None:
-        [rerank_port] = _free_ports(host, rerank_port)
+        try:
+            [rerank_port] = _free_ports(host, rerank_port)
+        except ServerError as error:
+            raise ServerError(f"{error} by --rerank-port, or --no-rerank") from error
     while True:
         _say("Starting Triton …")
         started = time.monotonic()
