@@ -236,6 +236,8 @@ def test_tls(int8_server: EmbeddedServer, tmp_path: Path) -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, True, 504),
         (grpc.StatusCode.INVALID_ARGUMENT, True, 422),
         (grpc.StatusCode.INTERNAL, True, 500),
+        (grpc.StatusCode.CANCELLED, True, 504),
+        (grpc.StatusCode.NOT_FOUND, True, 503),
     ],
 )
 def test_errors_of_the_server(
@@ -248,7 +250,8 @@ def test_errors_of_the_server(
         health = httpx.get(f"{gateway.url}/health").status_code
     assert answer.status_code == status
     assert answer.json()["id"] == "mine"
-    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    busy = status in (429, 503) and code != grpc.StatusCode.NOT_FOUND
+    assert ("retry-after" in answer.headers) == busy
     assert health == (200 if ready else 503)
     id, metadata, timeout = service.seen[0]
     assert id == "mine"
@@ -287,6 +290,40 @@ def test_too_many_documents_under_way(tmp_path: Path) -> None:
         assert first.result().status_code == 500
 
 
+def test_documents_under_way_are_counted_when_they_are_known(tmp_path: Path) -> None:
+    service = Scripted()
+    options = ["--max-documents-under-way=4", "--timeout=25"]
+    with (
+        serving(service) as url,
+        gateway_at(url, tmp_path / "log", *options) as gateway,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        rerank = f"{gateway.url}/rerank"
+        first = pool.submit(httpx.post, rerank, json=CALL, timeout=40)
+        while not service.seen:
+            time.sleep(0.01)
+        assert httpx.post(rerank, json=CALL).status_code == 429  # Three more are six.
+        service.go.set()
+        first.result()
+
+
+class Slow(Scripted):
+    """Takes half a second for each call."""
+
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        time.sleep(0.5)
+        return super().ModelInfer(request, context)
+
+
+def test_many_queries_share_one_deadline(tmp_path: Path) -> None:
+    pairs = {"text_1": [f"q{i}" for i in range(500)], "text_2": ["d"] * 500}
+    with (
+        serving(Slow(grpc.StatusCode.DEADLINE_EXCEEDED)) as url,
+        gateway_at(url, tmp_path / "log", "--timeout=2") as gateway,
+    ):
+        assert httpx.post(f"{gateway.url}/score", json=pairs, timeout=60).status_code == 504
+
+
 def test_who_hangs_up_is_not_waited_for(tmp_path: Path) -> None:
     service = Scripted()
     with serving(service) as url, gateway_at(url, tmp_path / "log") as gateway:
@@ -318,7 +355,9 @@ def test_what_was_begun_is_answered(int8_repository: Path, tmp_path: Path) -> No
         (["--url=http://a:1"], "has a scheme"),
         (["--timeout=-1"], "limit of seconds"),
         (["--cache=-1"], "cache is -1"),
-        (["--ssl-certfile=/nowhere"], "/nowhere"),
+        (["--ssl-certfile=/nowhere", "--ssl-keyfile=/nowhere"], "/nowhere"),
+        (["--ssl-keyfile=/etc/hostname"], "together"),
+        (["--ssl-keyfile=/etc/hostname", "--ssl-certfile=/etc/hostname"], "/etc/hostname"),
         (["--cors-origin=a.example"], "a.example is no origin"),
         (["--max-documents=0"], "limit of documents"),
     ],

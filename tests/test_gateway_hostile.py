@@ -189,6 +189,12 @@ BAD: dict[str, tuple[int, bytes, str]] = {
     "a text that is null": (422, body(documents=[{"text": None}]), "documents[0].text is null"),
     "a number as text": (422, body(documents=["tea", {"text": 5}]), "documents[1].text is 5"),
     "no pairs": (400, b'{"queries": ["a"]}', "documents are missing"),
+    "a bomb of lists": (413, b'{"a": [%b]}' % (b"[]," * 1_000_001 + b"0"), "lists and objects"),
+    "an image beside a text": (
+        422,
+        b'{"query": {"text": "a"}, "passages": [{"text": "b", "image": "data:"}]}',
+        "passages[0].image",
+    ),
     "an image": (422, body(documents=[{"image": "data:"}]), "documents[0]"),
     "a short limit": (422, body(max_tokens_per_doc=1), "max_tokens_per_doc"),
 }
@@ -332,6 +338,11 @@ def test_old_and_rare_http_is_understood(hostile: GatewayProcess) -> None:
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body())
         assert received(connection).startswith(b"HTTP/1.1 200 ")
+    # As Java's and curl's clients ask for HTTP/2; with the body at once, and after the headers.
+    upgrade = "Connection: close, Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AA"
+    assert b" 200 OK" in answer_to(hostile, [request(*upgrade)])
+    parts = [head(f"Content-Length: {len(body())}", *upgrade), body()]
+    assert b" 200 OK" in answer_to(hostile, parts)
     pipelined = [request(f"x-request-id: {i}", *[last] * (i == 99)) for i in range(100)]
     answers = answer_to(hostile, [b"".join(pipelined)])
     assert re.findall(rb'"id":"(\d+)"', answers) == [b"%d" % i for i in range(100)]

@@ -70,7 +70,8 @@ class PairCache:
             self._add(query, answer)
             new = (replace(each, index=asked[each.index]) for each in answer)
             parts.append(Ranking(new, answer.model))
-            found = {i: each for i, each in found.items() if i not in {*asked}}
+            for i in asked:
+                found.pop(i, None)
         if found:
             known = (replace(found[i], index=i, document=documents[i]) for i in found)
             parts.append(Ranking(known, model))

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+import grpc
 import orjson
 from prometheus_client import generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ..aio import AsyncRerankClient
 from ..errors import (
@@ -26,7 +27,7 @@ from ..errors import (
     RerankTimeoutError,
     ServerUnavailableError,
 )
-from ..protocol import Model, RankedDocument
+from ..protocol import Model, RankedDocument, Ranking
 from . import dialects, static
 from .dialects import Answered, Call, Dialect
 from .fields import InvalidField
@@ -35,12 +36,17 @@ from .metrics import Metrics, Seen
 
 #: The most text of all requests together, from when it comes until it is answered.
 MOST_BYTES = 512 * 1024 * 1024
+#: The most lists and objects of a body; each takes a hundred bytes of memory, or more.
+MOST_CONTAINERS = 1_000_000
 #: A body of fewer is read at once; others in a thread, so that nobody waits for one with objects.
 QUICK_BYTES = 64 * 1024
 #: Of one request with a query a document, so many queries are asked for at a time.
 QUERIES_AT_A_TIME = 32
 #: Seconds for which the server is taken to be as ready as it was.
 READINESS_HOLDS = 0.5
+#: Of what Triton says beside that it is busy: the time was over as a stage had the request; and a
+#: server that stops no longer knows its models.
+STATUSES = {grpc.StatusCode.CANCELLED: 504, grpc.StatusCode.NOT_FOUND: 503}
 #: A client that hung up gets no answer; nginx's status for it, for the log.
 GONE = 499
 
@@ -131,7 +137,7 @@ class Gateway:
             return
         begun = time.perf_counter()
         request = Request(scope, receive)
-        seen = Seen(_request_id(request), request.url.path)
+        seen = Seen(_request_id(request), scope["path"])
         try:
             response = await self._answer(request, seen)
         except _Refused as refused:
@@ -146,7 +152,7 @@ class Gateway:
             seen.status = response.status_code
             response.headers["x-request-id"] = seen.id
             with suppress(OSError):  # Of a client that is gone.
-                await response(scope, receive, send)
+                await response(scope, receive, _drained(send))
         self._bytes -= seen.bytes
         if seen.dialect or seen.error:
             seen.seconds = time.perf_counter() - begun
@@ -154,11 +160,12 @@ class Gateway:
             access.info("", extra={"seen": seen})
 
     async def _answer(self, request: Request, seen: Seen) -> Response:
-        forced, path = dialects.resource(request.url.path)
+        forced, path = dialects.resource(request.scope["path"])
         if request.method in ("GET", "HEAD"):
             if file := self._static.get(path):
                 return file.response()
-            if path in self._open:
+            # Under this name alone, so that a proxy can keep it back.
+            if path in self._open and (path != "metrics" or request.scope["path"] == "/metrics"):
                 return await self._open[path]()
             if path in self._closed:
                 self._admit(request)
@@ -180,16 +187,17 @@ class Gateway:
         self._admit(request)
         if self._documents >= self._limits.documents_under_way:
             raise _busy(f"{self._documents} documents are under way")
-        raw = await self._body(request, seen)
-        body = _parsed(raw)
+        body = _parsed(await self._body(request, seen))
         seen.dialect = dialect = dialects.dialect(forced, path, body)
         try:
-            if len(raw) < QUICK_BYTES:
+            if seen.bytes < QUICK_BYTES:
                 call = dialect.read(body, self._limits.documents)
             else:
                 call = await asyncio.to_thread(dialect.read, body, self._limits.documents)
+            del body  # Ranking takes long.
             seen.documents = len(call.documents)
             name = self._name(call)
+            call.refuse_short_lengths(self._model)
             answered = await self._ranked(request, seen, call, name)
         except InvalidField as error:
             raise _Refused(dialect.invalid, str(error), error.field) from error
@@ -198,6 +206,9 @@ class Gateway:
 
     async def _ranked(self, request: Request, seen: Seen, call: Call, name: str | None) -> Answered:
         """Ranks a call; one whose client hangs up is cancelled, in Triton too."""
+        # Others may have come since it was asked; alone, a request may have more.
+        if 0 < self._documents > self._limits.documents_under_way - len(call.documents):
+            raise _busy(f"{self._documents} documents are under way")
         self._documents += len(call.documents)
         ranking = asyncio.ensure_future(self._rank(call, request, seen.id))
         gone = asyncio.ensure_future(request.receive())
@@ -215,13 +226,14 @@ class Gateway:
                 raise _busy(str(error)) from error
             raise _Refused(503, str(error), retry_after="1") from error
         except RerankError as error:
-            raise _Refused(500, str(error)) from error
+            raise _Refused(STATUSES.get(error.code, 500), str(error)) from error
         finally:
             self._documents -= len(call.documents)
             ranking.cancel()
             gone.cancel()
         self._model = model or self._model
-        call.refuse_what_changes_scores(ranked, model)
+        call.refuse_short_lengths(model)
+        call.refuse_cuts(ranked)
         return Answered(call, ranked, model, name or self._called(model), seen.id)
 
     async def _rank(
@@ -230,13 +242,16 @@ class Gateway:
         """All documents, best first; indices are those of the call."""
         trace = request.headers.get("traceparent", "")
         metadata = [("traceparent", trace)] if TRACE.fullmatch(trace) else []
-        options: dict[str, Any] = {
-            "timeout": self._limits.seconds,
-            "request_id": id,
-            "metadata": metadata,
-        }
+        deadline = time.monotonic() + self._limits.seconds
+
+        async def rank(query: str, documents: Sequence[str]) -> Ranking:
+            remaining = deadline - time.monotonic()
+            return await self._client.rank(
+                query, documents, timeout=remaining, request_id=id, metadata=metadata
+            )
+
         if len(call.queries) == 1:
-            ranking = await self._client.rank(call.queries[0], call.documents, **options)
+            ranking = await rank(call.queries[0], call.documents)
             return ranking, ranking.model
         places: dict[str, list[int]] = {}
         for i, query in enumerate(call.queries):
@@ -245,9 +260,7 @@ class Gateway:
 
         async def one(query: str, indices: list[int]) -> tuple[list[RankedDocument], Model | None]:
             async with few:
-                ranking = await self._client.rank(
-                    query, [call.documents[i] for i in indices], **options
-                )
+                ranking = await rank(query, [call.documents[i] for i in indices])
             return [replace(each, index=indices[each.index]) for each in ranking], ranking.model
 
         tasks = [asyncio.ensure_future(one(*each)) for each in places.items()]
@@ -257,7 +270,9 @@ class Gateway:
             for task in tasks:
                 task.cancel()
         ranked = [each for ranking, _ in every for each in ranking]
-        return sorted(ranked, key=lambda each: (-each.logit, each.index)), every[0][1]
+        models = {model for _, model in every}
+        one_model = models.pop() if len(models) == 1 else None
+        return sorted(ranked, key=lambda each: (-each.logit, each.index)), one_model
 
     # What goes before.
 
@@ -387,7 +402,21 @@ class Gateway:
         return _json({"object": "list", "data": data})
 
 
+def _drained(send: Send) -> Send:
+    """Ends only when a large answer is on its way: till then its text is counted."""
+
+    async def drained(message: Message) -> None:
+        if len(message.get("body", b"")) > QUICK_BYTES:
+            await send({**message, "more_body": True})
+            message = {"type": message["type"], "body": b""}
+        await send(message)
+
+    return drained
+
+
 def _parsed(body: bytearray) -> dict[str, Any]:
+    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
+        raise _Refused(413, f"the body has over {MOST_CONTAINERS} lists and objects: send texts")
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:

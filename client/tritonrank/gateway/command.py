@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import json
 import logging
 import re
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds for which a connection without a request is kept; longer than what proxies use.
 KEEP_ALIVE = 75
+#: malloc.h's number for the size from which memory is mapped, and so given back.
+M_MMAP_THRESHOLD = -3
 #: Seconds for what was begun, at the end.
 GRACE = 30
 
@@ -134,6 +140,8 @@ def _origin(value: str) -> str:
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
+    with suppress(AttributeError):  # glibc's: else what large bodies took is never given back.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
     # A connection is a file, and the usual limit of 1,024 is soon reached.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -176,9 +184,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
     )
-    for path in (arguments.ssl_certfile, arguments.ssl_keyfile):
-        if path:
-            path.read_bytes()  # Its error names the file.
+    _check_files(arguments.ssl_certfile, arguments.ssl_keyfile)
     config.load()
     with _listening(arguments.host, arguments.port) as listening:
         scheme = "https" if arguments.ssl_certfile else "http"
@@ -190,6 +196,22 @@ async def _serve(arguments: argparse.Namespace) -> int:
                 log.warning("no server is ready at %s: requests get 503 until one is", url)
             await uvicorn.Server(config).serve(sockets=[listening])
     return 0
+
+
+def _check_files(certificate: Path | None, key: Path | None) -> None:
+    """Whether TLS can be had of them, in words that name them."""
+    if (certificate is None) != (key is None):
+        raise ValueError("pass --ssl-certfile and --ssl-keyfile together")
+    if certificate and key:
+        for path in (certificate, key):
+            path.read_bytes()  # Its error names the file.
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"{certificate}, {key}: {error.reason or 'not usable'}: pass PEM files, and a key "
+                "that is the certificate's and has no password"
+            ) from None
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -235,8 +257,8 @@ class _Lines(logging.Formatter):
             fields["error"] = seen.error
         if self._as_json:
             return self._json(record, fields)
-        # Values as in JSON, so that none can look like another line.
-        pairs = (f"{name}={orjson.dumps(value).decode()}" for name, value in fields.items())
+        # As JSON in ASCII, so that no value can look like another line, or move a terminal.
+        pairs = (f"{name}={json.dumps(value)}" for name, value in fields.items())
         return f"{self.formatTime(record)} {' '.join(pairs)}"
 
     def _json(self, record: logging.LogRecord, fields: Mapping[str, object]) -> str:

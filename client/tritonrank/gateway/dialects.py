@@ -48,11 +48,14 @@ class Call:
     lengths: Mapping[str, int]
     model: str | None
 
-    def refuse_what_changes_scores(self, ranked: Documents, model: Model | None) -> None:
-        """What only the ranking tells.
+    def refuse_short_lengths(self, model: Model | None) -> None:
+        """Where the model would read more of a text than the call allows.
+
+        Args:
+            model: None where it is not known.
 
         Raises:
-            InvalidField: the call has a field that would give other scores, if it were obeyed.
+            InvalidField: the call has such a limit.
         """
         for name, length in self.lengths.items():
             if model and length < model.max_length:
@@ -61,12 +64,19 @@ class Call:
                     f"is {length}, and only the model cuts texts, at {model.max_length} tokens of "
                     "query and document: leave it out",
                 )
-        cut = [each.index for each in ranked if each.truncated]
+
+    def refuse_cuts(self, ranked: Documents) -> None:
+        """What only the ranking tells.
+
+        Raises:
+            InvalidField: the call forbids to cut texts, and one was cut, or may have been.
+        """
+        cut = [each.index for each in ranked if each.truncated is not False]
         if self.whole and cut:
             raise InvalidField(
                 self.whole,
                 f"forbids to cut, and document {min(cut)} with its query has more tokens than the "
-                "model reads: shorten it, or let it be cut",
+                "model reads, or the server does not tell: shorten it, or let it be cut",
             )
 
 
@@ -149,6 +159,8 @@ class Dialect:
         rank_fields = strings(body, "rank_fields")
         sent = _listed(body, self.documents) if self is VLLM else several(body, self.documents)
         _refuse_many(self.documents, sent, most)
+        if self in (NIM, JINA):
+            _refuse_images(self.documents, sent)
         bounded("query", [body.get("query")])
         field, default = self.returns
         return _call(
@@ -214,7 +226,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "kwargs": ("{}",),
     "truncation_direction": ("Right", "right"),
     "truncation_side": ("Right", "right"),
-    "return_embeddings": ("false",),
 }
 
 
@@ -223,6 +234,8 @@ def _refuse_unsupported(body: Body) -> None:
         value = body.get(name)
         if value and value not in harmless:
             raise InvalidField(name, "is not supported, and would change the answer: leave it out")
+    if boolean(body, "return_embeddings", False):
+        raise InvalidField("return_embeddings", "is not supported: leave it out")
     spans = body.get("relevant_spans")
     if spans and not (isinstance(spans, dict) and spans.get("mode") == "disabled"):
         raise InvalidField("relevant_spans", "is not supported: leave it out")
@@ -251,6 +264,13 @@ def _refuse_many(name: str, documents: Sequence[object], most: float) -> None:
     if len(documents) > most:
         raise InvalidField(name, f"has {len(documents)}, and a request may have {most}: split it")
     bounded(name, documents)
+
+
+def _refuse_images(name: str, documents: Sequence[object]) -> None:
+    """Where they are something to rank; elsewhere they are what a document comes with."""
+    for i, each in enumerate(documents):
+        if isinstance(each, dict) and each.get("image"):
+            raise InvalidField(f"{name}[{i}].image", "is not supported, only text is: leave it out")
 
 
 def _results(answered: Answered, document: Callable[[RankedDocument], object]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ MOST_VALUES, MOST_DEPTH = 100_000, 64
 #: How many names a field may have a list of.
 MOST_NAMES = 100
 #: libyaml, where there is one: Python's takes a second for a megabyte.
-QUICK = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-#: Characters of an object that no model reads to its end.
-LONG = 64 * 1024
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+#: What it escapes although it need not: emoji, and whatever else is beyond 16 bits.
+ESCAPED = re.compile(r"\\(\\|U[0-9A-F]{8})")
 
 
 class InvalidField(ValueError):
@@ -144,16 +145,13 @@ def _part(value: object, name: str) -> str:
 
 
 def _yaml(value: dict[str, Any]) -> str:
-    dumped = _dumped(value, QUICK)
-    # libyaml escapes emoji and whatever else is beyond 16 bits.
-    if "\\U" in dumped and len(dumped) < LONG:
-        return _dumped(value, yaml.SafeDumper)
-    return dumped
-
-
-def _dumped(value: dict[str, Any], dumper: Any) -> str:
     wide = 2**31 - 1
-    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=wide)
+    dumped = yaml.dump(value, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=wide)
+    return ESCAPED.sub(lambda found: found[0] if found[1] == "\\" else _letter(found[1]), dumped)
+
+
+def _letter(escape: str) -> str:
+    return chr(int(escape[1:], 16))
 
 
 def _shown(value: object) -> str:

@@ -41,11 +41,11 @@ class Keys:
             except KeyFileError as error:
                 log.warning("%s: the keys read before stay in force", error)
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else ""
-        given = given or headers.get("x-api-key") or headers.get("api-key") or ""
-        digest = sha256(given.encode()).digest()
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        given += [headers[name] for name in ("x-api-key", "api-key") if name in headers]
+        digests = [sha256(each.encode()).digest() for each in given]
         # All of them, so that the time does not tell which one is near.
-        return any([hmac.compare_digest(digest, each) for each in self._digests])
+        return any([hmac.compare_digest(a, b) for a in digests for b in self._digests])
 
     def _read(self) -> None:
         self._looked = time.monotonic()
@@ -60,5 +60,7 @@ class Keys:
         keys = [line.strip() for line in lines if line.strip()]
         if not keys:
             raise KeyFileError(f"the key file {self._path} has no key: write one a line")
+        if not all(key.isascii() for key in keys):
+            raise KeyFileError(f"the key file {self._path} has a key that is not ASCII: change it")
         self._stamp = stamp
         self._digests = [sha256(key.encode()).digest() for key in keys]

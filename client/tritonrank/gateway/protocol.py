@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,11 @@ HEAD_SECONDS = 20.0
 HEAD_BYTES = 64 * 1024
 
 
+#: By it the parser ends a request at its headers, without its body. Java's clients send it, to ask
+#: for HTTP/2, which a server may leave unheard.
+UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
+
+
 class Guarded(HttpToolsProtocol):
     """Ends a connection whose request does not come or end, or whose headers are too long.
 
@@ -29,6 +35,7 @@ class Guarded(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._timer: asyncio.TimerHandle | None = None
         self._bytes = 0
+        self._in_body = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -40,6 +47,9 @@ class Guarded(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
+        if not self._in_body:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         super().data_received(data)
         if self._bytes > HEAD_BYTES:
             self._refuse(431, f"the headers have more than {HEAD_BYTES} bytes: send fewer")
@@ -51,6 +61,7 @@ class Guarded(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_timer()
+        self._in_body = True
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -59,6 +70,7 @@ class Guarded(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._end_timer()
+        self._in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -357,7 +357,10 @@ class _Gateway(threading.Thread):
         while True:
             # Not for a Ctrl-C in the terminal, which is for this process, after which it ends.
             command = [*DYING_WITH_PARENT, *self._command]
-            status = subprocess.run(command, start_new_session=True, check=False).returncode
+            # Nor does it import what lies in the working directory.
+            environment = os.environ | {"PYTHONSAFEPATH": "1"}
+            done = subprocess.run(command, start_new_session=True, env=environment, check=False)
+            status = done.returncode
             _say(f"tritonrank: the gateway ended (exit {status}): it is started again in 1 s")
             time.sleep(1)
 
@@ -369,12 +372,13 @@ def _serve(settings: Settings, rerank_port: int | None) -> NoReturn:
     """
     pause, served = 0.0, False
     host = _address(settings.host)
-    if any(each.startswith("--grpc-use-ssl") for each in settings.arguments):
+    if {"--grpc-use-ssl=true", "--grpc-use-ssl=1"} & {*settings.arguments}:
         _say("No HTTP gateway, since it needs to know of TLS: see tritonrank gateway --help")
         rerank_port = None
     if rerank_port is not None:
         try:
-            [rerank_port] = _free_ports(host, rerank_port)
+            others = (settings.grpc_port, settings.http_port, settings.metrics_port)
+            rerank_port, *_ = _free_ports(host, rerank_port, *others)
         except ServerError as error:
             raise ServerError(f"{error} by --rerank-port, or --no-rerank") from error
     while True:
