@@ -35,6 +35,10 @@ OPTIONS = (
     "--disable-auto-complete-config",
     # Clients ask every 5 s whether a server that owes them an answer is still there.
     "--grpc-http2-min-recv-ping-interval-without-data=4000",
+    # Of what is shared with each process of the Python backend. From 1 MB, the default, it grows
+    # under way with usual requests, while the scorer answers by a thread of its own; one was seen
+    # to die as it wrote past the end, which is a likely cause.
+    f"--backend-config=python,shm-default-byte-size={8 * 1024 * 1024}",
 )
 #: How often the processes are looked at, in seconds.
 INTERVAL = 0.5
