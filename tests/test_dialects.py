@@ -13,13 +13,13 @@ import orjson
 import pytest
 import yaml
 from conftest import GatewayProcess
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tritonrank import RankedDocument, RerankClient
 from tritonrank.gateway import dialects, fields
 from tritonrank.gateway.dialects import Answered, Call, Dialect
 from tritonrank.gateway.fields import InvalidField
-from tritonrank.protocol import Model
+from tritonrank.protocol import Model, Ranking
 from tritonrank_server.serving.serve import EmbeddedServer
 
 MODEL = Model("a", "int8", 512, "Sigmoid", "0")
@@ -84,6 +84,15 @@ def check_refusal(dialect: Dialect, error: InvalidField) -> None:
 # Any body.
 
 
+# Those that are drawn are seldom whole.
+@example(None, "rerank", {"query": "a", "documents": ["b", {"c": 1}], "return_documents": True})
+@example(None, "rerank", {"query": "a", "texts": ["b"], "return_text": "true"})
+@example(None, "rerank", {"query": {"text": "a"}, "passages": [{"text": "b"}]})
+@example(None, "rerank", {"query": "a", "documents": ["b"], "top_k": 1})
+@example(None, "rerank", {"query": "a", "documents": ["b"], "property": ""})
+@example(None, "score", {"text_1": ["a", "b"], "text_2": ["c", "d"]})
+@example(dialects.VLLM, "rerank", {"query": "a", "documents": "b", "use_activation": False})
+@example(dialects.INFINITY, "rerank", {"query": "a", "documents": ["b"]})
 @settings(max_examples=250, deadline=None)
 @given(
     st.sampled_from([None, *dialects.PREFIXES.values()]),
@@ -103,7 +112,7 @@ def test_any_body_is_understood_or_refused_by_name(
     assert all(isinstance(text, str) for text in (*call.queries, *call.documents))
     assert call.top_n is None or call.top_n > 0
     ranked = [RankedDocument(i, 0.5, 0.0, text, 1, False) for i, text in enumerate(call.documents)]
-    answer = orjson.dumps(dialect.answer(Answered(call, ranked, MODEL, "a", "id")))
+    answer = orjson.dumps(dialect.answer(Answered(call, Ranking(ranked, MODEL), "a", "id")))
     assert all(isinstance(each, float) for each in floats(json.loads(answer)))
 
 

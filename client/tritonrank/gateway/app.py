@@ -27,7 +27,7 @@ from ..errors import (
     RerankTimeoutError,
     ServerUnavailableError,
 )
-from ..protocol import Model, RankedDocument, Ranking
+from ..protocol import Model, Ranking, merge
 from . import dialects, static
 from .dialects import Answered, Call, Dialect
 from .fields import InvalidField
@@ -148,12 +148,14 @@ class Gateway:
         except Exception:  # Never shown to a client.
             log.exception("request %s failed", seen.id)
             response = self._error(_Refused(500, "the gateway failed; its log says why"), seen)
-        if response:
-            seen.status = response.status_code
-            response.headers["x-request-id"] = seen.id
-            with suppress(OSError):  # Of a client that is gone.
-                await response(scope, receive, _drained(send))
-        self._bytes -= seen.bytes
+        try:
+            if response:
+                seen.status = response.status_code
+                response.headers["x-request-id"] = seen.id
+                with suppress(OSError):  # Of a client that is gone.
+                    await response(scope, receive, _drained(send))
+        finally:
+            self._bytes -= seen.bytes
         if seen.dialect or seen.error:
             seen.seconds = time.perf_counter() - begun
             self.metrics.add(seen)
@@ -207,7 +209,8 @@ class Gateway:
     async def _ranked(self, request: Request, seen: Seen, call: Call, name: str | None) -> Answered:
         """Ranks a call; one whose client hangs up is cancelled, in Triton too."""
         # Others may have come since it was asked; alone, a request may have more.
-        if 0 < self._documents > self._limits.documents_under_way - len(call.documents):
+        most = self._limits.documents_under_way
+        if self._documents and self._documents + len(call.documents) > most:
             raise _busy(f"{self._documents} documents are under way")
         self._documents += len(call.documents)
         ranking = asyncio.ensure_future(self._rank(call, request, seen.id))
@@ -216,7 +219,7 @@ class Gateway:
             await asyncio.wait((ranking, gone), return_when=asyncio.FIRST_COMPLETED)
             if not ranking.done():
                 raise ClientDisconnect
-            ranked, model = await ranking
+            ranked = await ranking
         except InvalidRequestError as error:
             raise InvalidField("the request", f"was refused: {error}") from error
         except RerankTimeoutError as error:
@@ -231,14 +234,12 @@ class Gateway:
             self._documents -= len(call.documents)
             ranking.cancel()
             gone.cancel()
-        self._model = model or self._model
-        call.refuse_short_lengths(model)
+        self._model = ranked.model or self._model
+        call.refuse_short_lengths(ranked.model)
         call.refuse_cuts(ranked)
-        return Answered(call, ranked, model, name or self._called(model), seen.id)
+        return Answered(call, ranked, name or self._called(ranked.model), seen.id)
 
-    async def _rank(
-        self, call: Call, request: Request, id: str
-    ) -> tuple[list[RankedDocument], Model | None]:
+    async def _rank(self, call: Call, request: Request, id: str) -> Ranking:
         """All documents, best first; indices are those of the call."""
         trace = request.headers.get("traceparent", "")
         metadata = [("traceparent", trace)] if TRACE.fullmatch(trace) else []
@@ -251,28 +252,24 @@ class Gateway:
             )
 
         if len(call.queries) == 1:
-            ranking = await rank(call.queries[0], call.documents)
-            return ranking, ranking.model
+            return await rank(call.queries[0], call.documents)
         places: dict[str, list[int]] = {}
         for i, query in enumerate(call.queries):
             places.setdefault(query, []).append(i)
         few = asyncio.Semaphore(QUERIES_AT_A_TIME)
 
-        async def one(query: str, indices: list[int]) -> tuple[list[RankedDocument], Model | None]:
+        async def one(query: str, indices: list[int]) -> Ranking:
             async with few:
                 ranking = await rank(query, [call.documents[i] for i in indices])
-            return [replace(each, index=indices[each.index]) for each in ranking], ranking.model
+            placed = (replace(each, index=indices[each.index]) for each in ranking)
+            return Ranking(placed, ranking.model)
 
         tasks = [asyncio.ensure_future(one(*each)) for each in places.items()]
         try:
-            every = await asyncio.gather(*tasks)
+            return merge(await asyncio.gather(*tasks), None)
         finally:
             for task in tasks:
                 task.cancel()
-        ranked = [each for ranking, _ in every for each in ranking]
-        models = {model for _, model in every}
-        one_model = models.pop() if len(models) == 1 else None
-        return sorted(ranked, key=lambda each: (-each.logit, each.index)), one_model
 
     # What goes before.
 

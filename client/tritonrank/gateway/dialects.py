@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..protocol import Model, RankedDocument
+from ..protocol import Model, RankedDocument, Ranking
 from .fields import InvalidField, boolean, bounded, integer, several, string, strings, text
 
 Body = Mapping[str, Any]
@@ -87,14 +87,12 @@ class Answered:
     Attributes:
         call: that was answered.
         ranked: all its documents, best first.
-        model: that scored them.
         name: what it is called.
         id: of the request.
     """
 
     call: Call
-    ranked: Documents
-    model: Model | None
+    ranked: Ranking
     name: str
     id: str
 
@@ -119,7 +117,8 @@ class Answered:
         """From 0 to 1, which clients' thresholds go by; or the logit, where it is asked for."""
         if self.call.raw:
             return each.logit
-        if self.model and self.model.activation == "Identity":  # Its scores are logits.
+        model = self.ranked.model
+        if model and model.activation == "Identity":  # Its scores are logits.
             return 1 / (1 + math.exp(-each.logit)) if each.logit > -700 else 0.0
         return each.score
 
@@ -140,6 +139,8 @@ class Dialect:
         returns: the field that asks for documents in the answer, and what it is by default.
         invalid: the status of a body that is refused.
         nested: whether an error is an object, as OpenAI's clients expect.
+        lone: whether one document may stand for a list of it.
+        images: whether documents' images are to be ranked, which is refused.
     """
 
     name: str
@@ -148,6 +149,8 @@ class Dialect:
     returns: tuple[str, bool] = ("return_documents", False)
     invalid: int = 422
     nested: bool = False
+    lone: bool = False
+    images: bool = False
 
     def read(self, body: Body, most: float = math.inf) -> Call:
         """What the body asks for, with so many documents at most.
@@ -157,9 +160,9 @@ class Dialect:
         """
         _refuse_unsupported(body)
         rank_fields = strings(body, "rank_fields")
-        sent = _listed(body, self.documents) if self is VLLM else several(body, self.documents)
+        sent = (_listed if self.lone else several)(body, self.documents)
         _refuse_many(self.documents, sent, most)
-        if self in (NIM, JINA):
+        if self.images:
             _refuse_images(self.documents, sent)
         bounded("query", [body.get("query")])
         field, default = self.returns
@@ -170,7 +173,7 @@ class Dialect:
                 text(each, f"{self.documents}[{i}]", rank_fields) for i, each in enumerate(sent)
             ],
             sent=sent,
-            returns_documents=self is VLLM or boolean(body, field, default),
+            returns_documents=boolean(body, field, default),
         )
 
     def error(self, message: str, status: int, id: str, field: str | None = None) -> object:
@@ -397,12 +400,13 @@ PAIRS = (
 )
 
 COHERE = Dialect("cohere", "documents", _superset)
-JINA = Dialect("jina", "documents", _superset, ("return_documents", True))
+JINA = Dialect("jina", "documents", _superset, ("return_documents", True), images=True)
 VOYAGE = Dialect("voyage", "documents", _voyage)
 TEI = Dialect("tei", "texts", _tei, ("return_text", False))
 INFINITY = Dialect("infinity", "documents", _infinity)
-VLLM = Dialect("vllm", "documents", _vllm, invalid=400, nested=True)
-NIM = Dialect("nim", "passages", _nim)
+# Its documents come back whatever is asked: no field has that name.
+VLLM = Dialect("vllm", "documents", _vllm, ("", True), invalid=400, nested=True, lone=True)
+NIM = Dialect("nim", "passages", _nim, images=True)
 WEAVIATE = Dialect("weaviate", "documents", _weaviate)
 SCORE = _Score("score", "documents", _scores, invalid=400, nested=True)
 DEEPINFRA = _Score("deepinfra", "documents", _deepinfra)
