@@ -76,7 +76,7 @@ def packed(folder: Path) -> Score:
     """The ragged graph, all documents of a request in one execution, as Triton's backend does."""
     from tritonrank_server.stages.tokenizer import PairTokenizer
 
-    tokenizer = PairTokenizer(folder / "tokenizer.json", max_documents=1024)
+    tokenizer = PairTokenizer(folder / "tokenizer.json", max_passages=1024)
     graph = session(folder / "model.onnx")
 
     def score(query: str, documents: list[str]) -> Any:
@@ -91,7 +91,7 @@ def pipeline(folder: Path) -> Score:
     """This project's stages without Triton."""
     from tritonrank_server.stages.pipeline import Pipeline
 
-    ranker = Pipeline.of(folder, max_documents=1024)
+    ranker = Pipeline.of(folder, max_passages=1024)
 
     def score(query: str, documents: list[str]) -> Any:
         ranking = ranker.rank(query, documents)
@@ -120,7 +120,7 @@ def openvino(models: Path) -> Score:
     sys.path.insert(0, str(Path(__file__).parents[1] / "python_backends"))
     from tritonrank_server.stages.tokenizer import PairTokenizer, Tokens
 
-    tokenizer = PairTokenizer(models / "int8" / "tokenizer.json", max_documents=1024)
+    tokenizer = PairTokenizer(models / "int8" / "tokenizer.json", max_passages=1024)
     cores, few = len(os.sched_getaffinity(0)), 8
     options = {"NUM_STREAMS": str(cores), "INFERENCE_NUM_THREADS": str(cores)}
     if "avx512_bf16" in CPU:

@@ -196,7 +196,7 @@ class Load:
 
 def questions(exports: Path, names: Sequence[str]) -> list[Question]:
     """Small ones, with what the published folders answer without Triton."""
-    pipelines = {name: Pipeline.of(exports / name, max_documents=10) for name in names}
+    pipelines = {name: Pipeline.of(exports / name, max_passages=10) for name in names}
     found = []
     for query, documents in islice(stream("autocomplete"), 24):
         logits = {}

@@ -38,6 +38,7 @@ from tritonrank import (
 )
 from tritonrank.cli import main
 from tritonrank.connection import Endpoint
+from tritonrank.protocol import Options
 from tritonrank.table import format_table
 from tritonrank_server.serving.serve import EmbeddedServer
 
@@ -752,7 +753,7 @@ def test_a_bulk_call_says_so(count: int, bulk: bool, level: tuple[int, bool]) ->
 
 def test_a_bulk_call_is_in_small_parts() -> None:
     for bulk, sizes in ((True, [27, 27, 26]), (False, [80])):
-        parts = protocol.parts(["a"] * 80, bulk, 1024)
+        parts = protocol.parts(["a"] * 80, Options(bulk=bulk), 1024)
         assert [len(texts) for _, texts in parts] == sizes
 
 

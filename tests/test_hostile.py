@@ -24,6 +24,7 @@ import pytest
 from conftest import pipeline, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank import AsyncRerankClient, RerankClient, RerankError, protocol
+from tritonrank.protocol import Options
 from tritonrank_server.serving import assets
 from tritonrank_server.serving.mends import CANCELLATION, JSON, mend
 from tritonrank_server.serving.serve import EmbeddedServer
@@ -42,7 +43,7 @@ def lives(server: EmbeddedServer) -> bool:
 
 def message(source: random.Random, timeout: float = 10) -> service_pb2.ModelInferRequest:
     query = source.choice(["tea", "tea", ""])  # A bad one is answered sooner.
-    return protocol.request(query, DOCUMENTS, None, timeout, False, "")
+    return protocol.request(query, DOCUMENTS, None, Options(), timeout)
 
 
 def moment(source: random.Random) -> float:

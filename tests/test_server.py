@@ -34,7 +34,7 @@ from tritonrank import (
     protocol,
 )
 from tritonrank.errors import from_rpc
-from tritonrank.protocol import BULK_DOCUMENTS
+from tritonrank.protocol import BULK_PASSAGES, Options
 from tritonrank_server.export import default_model
 from tritonrank_server.serving.serve import EmbeddedServer
 
@@ -556,7 +556,7 @@ def plain_rank(server: EmbeddedServer, documents: list[str], timeout: float) -> 
     Raises:
         RerankError: what was answered in place of a ranking.
     """
-    message = protocol.request("tea", documents, None, timeout, False, "")
+    message = protocol.request("tea", documents, None, Options(), timeout)
     with grpc.insecure_channel(server.grpc_url) as channel:
         try:
             service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=60)
@@ -644,8 +644,8 @@ def test_on_a_cpu_a_stage_differs_by_its_instances_alone(model: str) -> None:
 
 
 def test_the_limits_agree() -> None:
-    max_documents = config("tokenizer/config.pbtxt").parameters["max_documents"].string_value
-    assert config("cross_encoder/config.pbtxt").max_batch_size == int(max_documents)
-    assert int(max_documents) == MAX_DOCUMENTS
+    max_passages = config("tokenizer/config.pbtxt").parameters["max_passages"].string_value
+    assert config("cross_encoder/config.pbtxt").max_batch_size == int(max_passages)
+    assert int(max_passages) == MAX_DOCUMENTS
     cpu = config("cross_encoder/configs/cpu.pbtxt").dynamic_batching
-    assert list(cpu.preferred_batch_size) == [BULK_DOCUMENTS]
+    assert list(cpu.preferred_batch_size) == [BULK_PASSAGES]

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import arguments, protocol
 from .cache import PairCache
 from .connection import TLS, Endpoint
 from .errors import closed, from_rpc
-from .protocol import Ranking
+from .protocol import Options, Ranking
 
 
 class AsyncRerankClient:
@@ -74,16 +75,19 @@ class AsyncRerankClient:
         bulk: bool = False,
         request_id: str = "",
         metadata: Sequence[tuple[str, str]] = (),
+        max_passages: int | None = None,
+        max_document_tokens: int | None = None,
     ) -> Ranking:
         """Ranks the documents; see ``RerankClient.rank``."""
         timeout = self._timeout if timeout is None else arguments.seconds(timeout)
-        arguments.check(query, top_k, bulk, request_id)
+        options = Options(max_passages, max_document_tokens, bulk, request_id)
+        arguments.check(query, top_k, options)
         documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
-        ask = partial(self._ask, query, deadline, bulk, request_id, metadata)
+        ask = partial(self._ask, query, options, deadline, metadata)
         if not self.cache or not documents or (top_k is not None and top_k < 1):
             return await ask(documents, top_k)
-        steps = self.cache.rank(query, documents, top_k)
+        steps = self.cache.rank(query, documents, top_k, options)
         answer: Ranking | None = None
         while True:
             try:
@@ -96,24 +100,23 @@ class AsyncRerankClient:
     async def _ask(
         self,
         query: str,
+        options: Options,
         deadline: float,
-        bulk: bool,
-        request_id: str,
         metadata: Sequence[tuple[str, str]],
         documents: Sequence[str],
         top_k: int | None,
     ) -> Ranking:
         try:
-            limit = await self._document_limit(deadline)
-            bulk = bulk or len(documents) > limit
-            parts = protocol.parts(documents, bulk, limit)
+            limit = await self._passage_limit(deadline)
+            options = replace(options, bulk=options.bulk or len(documents) > limit)
+            parts = protocol.parts(documents, options, limit)
             calls: list[Any] = []
             try:
                 for _, texts in parts:
                     if len(calls) >= protocol.PARTS_UNDER_WAY:
                         await calls[-protocol.PARTS_UNDER_WAY]
                     remaining = deadline - time.monotonic()
-                    message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
+                    message = protocol.request(query, texts, top_k, options, remaining)
                     calls.append(
                         self._stub.ModelInfer(message, timeout=remaining, metadata=metadata)
                     )
@@ -154,7 +157,7 @@ class AsyncRerankClient:
             self._channels[loop] = channel, stub
         return self._channels[loop][1]
 
-    async def _document_limit(self, deadline: float) -> int:
+    async def _passage_limit(self, deadline: float) -> int:
         if self._limit is None:
             remaining = deadline - time.monotonic()
             answer = await self._stub.ModelConfig(protocol.LIMIT_REQUEST, timeout=remaining)

@@ -7,6 +7,8 @@ from numbers import Real
 
 import numpy as np
 
+from .protocol import Options
+
 #: The longest timeout, in seconds.
 YEAR = 365 * 86400
 
@@ -48,7 +50,7 @@ def seconds(value: object) -> float:
     return max(0.0, float(value))
 
 
-def check(query: object, top_k: object, bulk: object, request_id: object) -> None:
+def check(query: object, top_k: object, options: Options) -> None:
     """Refuses what would reach the server as something else than was meant.
 
     Raises:
@@ -56,11 +58,13 @@ def check(query: object, top_k: object, bulk: object, request_id: object) -> Non
         ValueError: half of a surrogate pair.
     """
     text("query", query)
-    text("request_id", request_id)
-    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer, type(None))):
-        raise _mistyped("top_k", top_k, "an int or None")
-    if not isinstance(bulk, (bool, np.bool_)):
-        raise _mistyped("bulk", bulk, "True or False")
+    text("request_id", options.request_id)
+    for name in ("top_k", "max_passages", "max_document_tokens"):
+        value = top_k if name == "top_k" else getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
+            raise _mistyped(name, value, "an int or None")
+    if not isinstance(options.bulk, (bool, np.bool_)):
+        raise _mistyped("bulk", options.bulk, "True or False")
 
 
 def _mistyped(name: str, value: object, remedy: str) -> TypeError:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from threading import Lock
 
-from .protocol import Model, RankedDocument, Ranking, merge
+from .protocol import Model, Options, RankedDocument, Ranking, merge
 
 #: Seconds for which the model that answered last is taken to be the one that is served.
 FRESH = 1.0
@@ -50,11 +50,11 @@ class PairCache:
         self.hits = self.misses = 0
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None
+        self, query: str, documents: Sequence[str], top_k: int | None, options: Options
     ) -> Generator[Sequence[str], Ranking, Ranking]:
         """Ranks documents, one or more: yields those to ask a server for, takes their ranking."""
         model = self._model
-        found = self._find(model, query, documents)
+        found = self._find(model, query, documents, options)
         asked = [i for i in range(len(documents)) if i not in found]
         self.misses += len(asked)
         self.hits += len(found)
@@ -67,7 +67,7 @@ class PairCache:
                 # What was found is another model's.
                 asked, found = list(range(len(documents))), {}
                 answer = yield documents
-            self._add(query, answer)
+            self._add(query, answer, options)
             new = (replace(each, index=asked[each.index]) for each in answer)
             parts.append(Ranking(new, answer.model))
             for i in asked:
@@ -78,19 +78,19 @@ class PairCache:
         return merge(parts, top_k)
 
     def _find(
-        self, model: Model | None, query: str, documents: Sequence[str]
+        self, model: Model | None, query: str, documents: Sequence[str], options: Options
     ) -> dict[int, RankedDocument]:
         if model is None:
             return {}
-        keys = _keys(model, query, documents)
+        keys = _keys(model, query, documents, options)
         with self._lock:
             every = [self._known.get(key) for key in keys]
         return {i: known for i, known in enumerate(every) if known}
 
-    def _add(self, query: str, answer: Ranking) -> None:
+    def _add(self, query: str, answer: Ranking, options: Options) -> None:
         if answer.model is None:  # Nobody could tell when to forget it.
             return
-        keys = _keys(answer.model, query, [each.document for each in answer])
+        keys = _keys(answer.model, query, [each.document for each in answer], options)
         with self._lock:
             self._model, self._seen = answer.model, time.monotonic()
             for key, each in zip(keys, answer):
@@ -98,9 +98,10 @@ class PairCache:
                 self._known[key] = replace(each, index=0, document="")
 
 
-def _keys(model: Model, query: str, documents: Sequence[str]) -> list[bytes]:
+def _keys(model: Model, query: str, documents: Sequence[str], options: Options) -> list[bytes]:
     """A digest a pair. The query's length tells where it ends and the document begins."""
-    start = blake2b(model.revision.encode(), digest_size=16)
+    extent = f"{model.revision} {options.max_passages} {options.max_document_tokens}"
+    start = blake2b(extent.encode(), digest_size=16)
     encoded = query.encode()
     start.update(len(encoded).to_bytes(8, "little") + encoded)
     keys = []

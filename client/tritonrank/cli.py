@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "file", nargs="?", default="-", help="one document a line; - is standard input"
     )
     rank.add_argument("--top-k", type=int, metavar="K", help="print the best K only")
+    rank.add_argument(
+        "--max-passages",
+        type=int,
+        metavar="P",
+        help="read what does not fit the model in up to P passages, and show the best",
+    )
     rank.add_argument("--json", action="store_true", help="print JSON in place of a table")
     rank.add_argument(
         "--url",
@@ -125,7 +131,9 @@ def _rank(arguments: argparse.Namespace) -> int:
             raise ValueError("standard output is closed: there is nowhere to print to")
         documents = _lines(arguments.file)
         with RerankClient(url, timeout=arguments.timeout, tls=tls_or_none) as client:
-            ranking = client.rank(arguments.query, documents, arguments.top_k)
+            ranking = client.rank(
+                arguments.query, documents, arguments.top_k, max_passages=arguments.max_passages
+            )
     except (RerankError, OSError, ValueError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from . import arguments, protocol
 from .cache import PairCache
 from .connection import TLS, Endpoint
 from .errors import closed, from_rpc
-from .protocol import Ranking
+from .protocol import Options, Ranking
 
 
 class RerankClient:
@@ -71,6 +72,8 @@ class RerankClient:
         bulk: bool = False,
         request_id: str = "",
         metadata: Sequence[tuple[str, str]] = (),
+        max_passages: int | None = None,
+        max_document_tokens: int | None = None,
     ) -> Ranking:
         """Ranks the documents by how well they answer the query, best first.
 
@@ -86,6 +89,10 @@ class RerankClient:
                 for one at most. A call of more documents than a request may have always does.
             request_id: stands in the server's log and traces.
             metadata: of the gRPC call, such as ``traceparent``.
+            max_passages: in how many passages a document that does not fit the model is read, 1 or
+                more, of which the best counts; default, 1: what does not fit is left unread.
+            max_document_tokens: how many tokens of a document are read, 1 or more; default, all
+                that fit.
 
         Raises:
             InvalidRequestError: the server refused the request, and says why.
@@ -97,13 +104,14 @@ class RerankClient:
                 more than a year.
         """
         timeout = self._timeout if timeout is None else arguments.seconds(timeout)
-        arguments.check(query, top_k, bulk, request_id)
+        options = Options(max_passages, max_document_tokens, bulk, request_id)
+        arguments.check(query, top_k, options)
         documents = arguments.texts("documents", documents)
         deadline = time.monotonic() + timeout
-        ask = partial(self._ask, query, deadline, bulk, request_id, metadata)
+        ask = partial(self._ask, query, options, deadline, metadata)
         if not self.cache or not documents or (top_k is not None and top_k < 1):
             return ask(documents, top_k)
-        steps = self.cache.rank(query, documents, top_k)
+        steps = self.cache.rank(query, documents, top_k, options)
         answer: Ranking | None = None
         while True:
             try:
@@ -116,24 +124,23 @@ class RerankClient:
     def _ask(
         self,
         query: str,
+        options: Options,
         deadline: float,
-        bulk: bool,
-        request_id: str,
         metadata: Sequence[tuple[str, str]],
         documents: Sequence[str],
         top_k: int | None,
     ) -> Ranking:
         try:
-            limit = self._document_limit(deadline)
-            bulk = bulk or len(documents) > limit
-            parts = protocol.parts(documents, bulk, limit)
+            limit = self._passage_limit(deadline)
+            options = replace(options, bulk=options.bulk or len(documents) > limit)
+            parts = protocol.parts(documents, options, limit)
             calls: list[Any] = []
             try:
                 for _, texts in parts:
                     if len(calls) >= protocol.PARTS_UNDER_WAY:
                         calls[-protocol.PARTS_UNDER_WAY].result()
                     remaining = deadline - time.monotonic()
-                    message = protocol.request(query, texts, top_k, remaining, bulk, request_id)
+                    message = protocol.request(query, texts, top_k, options, remaining)
                     calls.append(
                         self._stub.ModelInfer.future(message, timeout=remaining, metadata=metadata)
                     )
@@ -160,7 +167,7 @@ class RerankClient:
         ready: bool = answer.ready
         return ready
 
-    def _document_limit(self, deadline: float) -> int:
+    def _passage_limit(self, deadline: float) -> int:
         if self._limit is None:
             remaining = deadline - time.monotonic()
             answer = self._stub.ModelConfig(protocol.LIMIT_REQUEST, timeout=remaining)

@@ -17,9 +17,9 @@ LIMIT_REQUEST = service_pb2.ModelConfigRequest(name="cross_encoder")
 #: Ready when all its stages are.
 READY_REQUEST = service_pb2.ModelReadyRequest(name="reranker")
 
-#: The most documents of a part of a bulk call: what an execution of the CPU scorer has, so that few
+#: The most passages of a part of a bulk call: what an execution of the CPU scorer has, so that few
 #: other requests are answered together with it. The others wait for the one that runs, at most.
-BULK_DOCUMENTS = 32
+BULK_PASSAGES = 32
 #: The most parts of a call under way: enough for an execution while the next one waits, and few
 #: enough for a call that is given up, of which the server computes what it has.
 PARTS_UNDER_WAY = 16
@@ -36,8 +36,11 @@ class RankedDocument:
         score: after the model's activation; for a sigmoid, between 0 and 1.
         logit: before it; it tells documents apart where the scores are all near 1.
         document: its text.
-        tokens: that the model read of the pair; None from a server before 0.4, as the next one.
+        tokens: that the model read of the pair, in all passages; None from a server before 0.4,
+            as the next one.
         truncated: whether any text of the pair was left unread.
+        passage: the first and one-past-last character of what gave the logit; None from a server
+            before 0.5.
     """
 
     index: int
@@ -46,6 +49,7 @@ class RankedDocument:
     document: str
     tokens: int | None = None
     truncated: bool | None = None
+    passage: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,25 +84,50 @@ class Ranking(list[RankedDocument]):
         self.model = model
 
 
-#: The outputs of a request's documents, and their types.
+#: The outputs of a request's documents, and the types of an element.
 COLUMNS = (
-    ("INDICES", "<i4"),
-    ("SCORES", "<f4"),
-    ("LOGITS", "<f4"),
-    ("TOKENS", "<i4"),
-    ("TRUNCATED", "?"),
+    ("INDICES", np.dtype("<i4")),
+    ("SCORES", np.dtype("<f4")),
+    ("LOGITS", np.dtype("<f4")),
+    ("TOKENS", np.dtype("<i4")),
+    ("TRUNCATED", np.dtype("?")),
+    # As a record, whose elements are tuples.
+    ("PASSAGES", np.dtype([("start", "<i4"), ("end", "<i4")])),
 )
 
 #: The index that it starts at, and its documents.
 Part = tuple[int, Sequence[str]]
 
 
-def parts(documents: Sequence[str], bulk: bool, limit: int) -> list[Part]:
+@dataclass(frozen=True)
+class Options:
+    """What a call says beside its query and documents.
+
+    Attributes:
+        max_passages: in how many passages each document is read, at most; None for one.
+        max_document_tokens: how many of its tokens are read, at most; None for all that fit.
+        bulk: whether it goes after all calls that are not.
+        request_id: for the server's log and traces.
+    """
+
+    max_passages: int | None = None
+    max_document_tokens: int | None = None
+    bulk: bool = False
+    request_id: str = ""
+
+
+def parts(documents: Sequence[str], options: Options, limit: int) -> list[Part]:
     """The parts of a call, of even size: within the server's limit, for a bulk call small ones.
 
     No document gives one empty part: it is for the server to refuse it.
+
+    Args:
+        documents: all.
+        options: of the call.
+        limit: the most passages of a request.
     """
-    most = min(limit, BULK_DOCUMENTS) if bulk else limit
+    most = min(limit, BULK_PASSAGES) if options.bulk else limit
+    most = max(1, most // max(1, options.max_passages or 1))
     count = max(1, -(-len(documents) // most))
     size, longer = divmod(len(documents), count)
     ends = accumulate([size + (i < longer) for i in range(count)], initial=0)
@@ -109,26 +138,30 @@ def request(
     query: str,
     documents: Sequence[str],
     top_k: int | None,
+    options: Options,
     timeout: float,
-    bulk: bool,
-    request_id: str,
 ) -> service_pb2.ModelInferRequest:
     """One call of the ensemble, which the server gives up, too, after ``timeout`` seconds.
 
     Triton's queues go by its own parameter ``priority``, which models do not see; by ``bulk`` the
     scorer of a CPU leaves the cores to others.
     """
-    message = service_pb2.ModelInferRequest(model_name="reranker", id=request_id)
+    message = service_pb2.ModelInferRequest(model_name="reranker", id=options.request_id)
     message.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
-    if bulk:
+    if options.bulk:
         message.parameters["priority"].int64_param = BULK_PRIORITY
         message.parameters["bulk"].bool_param = True
     _add(message, "QUERY", "BYTES", 1, _strings([query]))
     _add(message, "DOCUMENTS", "BYTES", len(documents), _strings(documents))
-    if top_k is not None:
-        # Beyond INT32 is beyond any number of documents.
-        within = np.clip(top_k, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
-        _add(message, "TOP_K", "INT32", 1, np.array(within, "<i4").tobytes())
+    for name, value in (
+        ("TOP_K", top_k),
+        ("MAX_PASSAGES", options.max_passages),
+        ("MAX_DOCUMENT_TOKENS", options.max_document_tokens),
+    ):
+        if value is not None:
+            # Beyond INT32 is beyond any number of documents, or of tokens.
+            within = np.clip(value, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+            _add(message, name, "INT32", 1, np.array(within, "<i4").tobytes())
     return message
 
 

@@ -52,7 +52,7 @@ class Size:
 
     Attributes:
         work: bytes of text that the model reads, queries included; time grows with them.
-        documents: how many.
+        documents: how many, each counted once for each passage of it.
         memory: bytes of text that are held until it is answered.
     """
 
@@ -61,12 +61,20 @@ class Size:
     memory: float
 
     @classmethod
-    def of(cls, query: bytes, documents: Sequence[bytes], positions: int) -> Size:
+    def of(
+        cls, query: bytes, documents: Sequence[bytes], positions: int, most_passages: int = 1
+    ) -> Size:
         """That of a request to a model of so many positions."""
         lengths = [len(document) for document in documents]
         room = BYTES_PER_POSITION * positions
-        work = OWN_WORK + sum(min(len(query) + length, room) for length in lengths)
-        return cls(work, len(documents), len(query) + sum(lengths))
+        # A query takes half of the positions at most.
+        beside = max(room - len(query), room // 2)
+        passages = [min(-(-length // beside) or 1, most_passages) for length in lengths]
+        work = OWN_WORK + sum(
+            min(count * len(query) + length, count * room)
+            for count, length in zip(passages, lengths)
+        )
+        return cls(work, sum(passages), len(query) + sum(lengths))
 
 
 #: After so many seconds without an answer a scout is sent, and not before twice the time that the

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidInput
 from . import card
+from .passages import PASSAGE, windows
 
 Int32 = npt.NDArray[np.int32]
-Bool = npt.NDArray[np.bool_]
+#: A passage's tokens, its first and one-past-last character, whether its document is cut.
+_Read = tuple[list[int], int, int, bool]
 
 #: What fills the short rows of ``input_ids``. No token has this id, whereas the id of ``[PAD]``
 #: stands in any document that contains that text.
@@ -27,10 +29,13 @@ FILL = -1
 #: document the other half.
 QUERY_SHARE = 0.5
 
-#: A text is read up to this many characters for each position of the model. It bounds the work
-#: that one text can ask for and is far more than fits: a token of English is 4 characters, of
-#: Korean or Japanese 1 or 2.
+#: A text is read up to this many characters for each position of the model, and each passage. It
+#: bounds the work that one text can ask for and is far more than fits: a token of English is 4
+#: characters, of Korean or Japanese 1 or 2.
 CHARACTERS_PER_POSITION = 64
+#: Of a text of more, it is expected to be cut, and so its tokens' characters are asked for at once,
+#: which takes an eighth longer.
+LONG_CHARACTERS_PER_POSITION = 2
 
 #: Unicode's categories of what shows nothing: controls, formats and separators,
 INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -47,20 +52,20 @@ FILLERS = frozenset(
 
 @dataclass(frozen=True)
 class Tokens:
-    """One request's query–document pairs as the graph takes them.
+    """One request's pairs of its query and a passage, as the graph takes them.
 
     Attributes:
         input_ids: INT32 [N, L], row i holds pair i's tokens, then ``FILL``.
         lengths: INT32 [N], the tokens of each pair.
         query_lengths: INT32 [N], the tokens of ``[CLS] query [SEP]`` that each pair begins with.
-        truncated: BOOL [N], whether any text of each pair was left unread; empty where only the
-            graph has it.
+        passages: ``PASSAGE`` [N], what was read of which document; empty where only the graph has
+            the pairs.
     """
 
     input_ids: Int32
     lengths: Int32
     query_lengths: Int32
-    truncated: Bool = field(default_factory=lambda: np.zeros(0, np.bool_))
+    passages: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, PASSAGE))
 
     def inputs(self) -> dict[str, Int32]:
         """The graph's inputs: ``input_ids`` [N·L], ``lengths`` and ``query_lengths`` [N, 1]."""
@@ -84,12 +89,31 @@ class Pairs:
     Attributes:
         query_ids: INT32 [Q], the ids of ``[CLS] query [SEP]``.
         documents: as much of each text as is read.
-        truncated: BOOL [N], whether that, or the query, is not all.
+        truncated: of each, whether that, or the query, is not all.
+        extent: how much of each is read.
     """
 
     query_ids: Int32
     documents: list[str]
-    truncated: Bool
+    truncated: list[bool]
+    extent: Extent
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of each document is read.
+
+    Attributes:
+        passages: how many, at most.
+        tokens: how many of its own, at most; None for all.
+    """
+
+    passages: int = 1
+    tokens: int | None = None
+
+
+#: What fits beside the query, and no more.
+ONE_PASSAGE = Extent()
 
 
 @dataclass(frozen=True)
@@ -123,59 +147,74 @@ class PairTokenizer:
 
     Args:
         path: ``tokenizer.json`` of an export, with truncation set to the model's max length.
-        max_documents: the most documents that a request may have.
+        max_passages: the most passages that a request may have.
         prompt: what the model reads besides.
 
     Attributes:
         max_length: positions of the model.
     """
 
-    def __init__(self, path: Path, max_documents: int, prompt: Prompt = NO_PROMPT) -> None:
+    def __init__(self, path: Path, max_passages: int, prompt: Prompt = NO_PROMPT) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
         truncation = self._tokenizer.truncation
         if truncation is None:
             raise ValueError(f"{path} has no truncation, which is to say no max length")
         self.max_length: int = truncation["max_length"]
-        self._max_documents = max_documents
+        self._max_passages = max_passages
         self._max_characters = CHARACTERS_PER_POSITION * self.max_length
+        self._long = LONG_CHARACTERS_PER_POSITION * self.max_length
         self._prompt = prompt
         self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer, prompt)
-        # One token more than fits, so that a query that is too long shows.
-        self._tokenizer.enable_truncation(self.max_length + 1)
+        self._enable_truncation()
 
     @classmethod
-    def of(cls, folder: Path, max_documents: int) -> PairTokenizer:
+    def of(cls, folder: Path, max_passages: int) -> PairTokenizer:
         """That of an export's folder."""
         prompt = Prompt(**card.read(folder).get("prompt", {}))
-        return cls(folder / "tokenizer.json", max_documents, prompt)
+        return cls(folder / "tokenizer.json", max_passages, prompt)
 
-    def read(self, query: bytes, documents: Sequence[bytes]) -> Pairs:
+    def read(self, query: bytes, documents: Sequence[bytes], extent: Extent = ONE_PASSAGE) -> Pairs:
         """Checks one request, and encodes its query.
 
         Raises:
-            InvalidInput: no document, or too many; a text that is not UTF-8; a query that is
-                blank or longer than the model.
+            InvalidInput: no document, or too many; an extent below 1; a text that is not UTF-8; a
+                query that is blank or longer than the model.
         """
-        if not documents:
-            raise InvalidInput("DOCUMENTS is empty: send at least one document")
-        if len(documents) > self._max_documents:
-            raise InvalidInput(
-                f"DOCUMENTS has {len(documents)} documents, and a request may have "
-                f"{self._max_documents}: split it, and merge the rankings by LOGITS"
-            )
+        extent = self._check(len(documents), extent)
         texts = [_decode(document, f"DOCUMENTS[{i}]") for i, document in enumerate(documents)]
         query_ids, cut = self._encode_query(_decode(query, "QUERY"))
-        truncated = np.array([cut or len(text) > self._max_characters for text in texts])
-        return Pairs(query_ids, [text[: self._max_characters] for text in texts], truncated)
+        most = self._max_characters * extent.passages
+        truncated = [cut or len(text) > most for text in texts]
+        return Pairs(query_ids, [text[:most] for text in texts], truncated, extent)
 
     def encode(self, batch: Sequence[Pairs]) -> list[Tokens]:
-        """Encodes the documents of several requests in one call; one result a request."""
-        leading = self._prompt.leading
-        texts = [leading + text for pairs in batch for text in pairs.documents]
-        encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [
-            self._assemble(pairs, [next(encodings).ids for _ in pairs.documents]) for pairs in batch
-        ]
+        """Encodes the documents of several requests; one result a request."""
+        self._enable_truncation(max(pairs.extent.passages for pairs in batch))
+        return [self._assemble(pairs) for pairs in batch]
+
+    def _check(self, documents: int, extent: Extent) -> Extent:
+        """What is read, within the limits."""
+        if not documents:
+            raise InvalidInput("DOCUMENTS is empty: send at least one document")
+        for name, value in (("PASSAGES", extent.passages), ("DOCUMENT_TOKENS", extent.tokens)):
+            if value is not None and value < 1:
+                raise InvalidInput(f"MAX_{name} is {value}: send 1 or more, or leave it out")
+        passages = min(extent.passages, self._max_passages)
+        if documents * passages > self._max_passages:
+            each, remedy = (
+                ("", "")
+                if passages == 1
+                else (f" of up to {passages} passages each", ", or send a smaller MAX_PASSAGES")
+            )
+            raise InvalidInput(
+                f"DOCUMENTS has {documents} documents{each}, and a request may have "
+                f"{self._max_passages} in all: split it, and merge the rankings by LOGITS{remedy}"
+            )
+        return Extent(passages, extent.tokens)
+
+    def _enable_truncation(self, passages: int = 1) -> None:
+        """Of one token more than is read, so that what is too long shows."""
+        self._tokenizer.enable_truncation(self.max_length * passages + 1)
 
     def _encode_query(self, query: str) -> tuple[Int32, bool]:
         """With what stands around it; and whether it was cut."""
@@ -212,25 +251,64 @@ class PairTokenizer:
     def _share(self) -> int:
         return int(QUERY_SHARE * self.max_length) - len(self._prefix) - len(self._middle)
 
-    def _assemble(self, pairs: Pairs, documents: list[list[int]]) -> Tokens:
+    def _assemble(self, pairs: Pairs) -> Tokens:
         query_ids = pairs.query_ids
         room = self.max_length - len(query_ids) - len(self._suffix)
-        beyond = np.array([len(document) > room for document in documents])
-        for document in documents:
-            document[room:] = self._suffix  # Cut, and ended.
-        tails = np.array([len(document) for document in documents], np.int32)
-        input_ids = np.full((len(documents), len(query_ids) + tails.max()), FILL, np.int32)
+        rows, passages = [], []
+        for i, read in enumerate(self._read_documents(pairs, room)):
+            for ids, start, end, truncated in read:
+                rows.append(ids + self._suffix)
+                passages.append((i, start, end, len(query_ids) + len(rows[-1]), truncated))
+        table = np.array(passages, PASSAGE)
+        lengths = np.ascontiguousarray(table["tokens"])
+        tails = lengths - len(query_ids)
+        input_ids = np.full((len(rows), lengths.max()), FILL, np.int32)
         input_ids[:, : len(query_ids)] = query_ids
-        # Row-major order of the mask is the order of the concatenated documents.
+        # Row-major order of the mask is the order of the concatenated rows.
         real = np.arange(tails.max()) < tails[:, None]
-        every = np.fromiter(chain.from_iterable(documents), np.int32, tails.sum())
-        input_ids[:, len(query_ids) :][real] = every
-        return Tokens(
-            input_ids,
-            lengths=len(query_ids) + tails,
-            query_lengths=np.full_like(tails, len(query_ids)),
-            truncated=pairs.truncated | beyond,
+        input_ids[:, len(query_ids) :][real] = np.fromiter(
+            chain.from_iterable(rows), np.int32, tails.sum()
         )
+        return Tokens(input_ids, lengths, np.full_like(lengths, len(query_ids)), table)
+
+    def _read_documents(self, pairs: Pairs, room: int) -> Iterator[list[_Read]]:
+        """The passages of each document, of which so many tokens fit."""
+        leading, extent = len(self._prompt.leading), pairs.extent
+        most = min(room, extent.tokens or room)
+        texts = [self._prompt.leading + text for text in pairs.documents]
+        for text, encoding, cut in zip(texts, self._encodings(texts, most), pairs.truncated):
+            ids = encoding.ids
+            if len(ids) <= most:
+                yield [(ids, 0, len(text) - leading, cut)]
+                continue
+            offsets = encoding.offsets
+            places = windows(text, offsets[: extent.tokens], room, extent.passages)
+            is_cut = cut or places[-1][1] < len(ids)
+            yield [
+                (
+                    ids[first:last],
+                    max(0, offsets[first][0] - leading) if first else 0,
+                    (offsets[last - 1][1] if last < len(ids) else len(text)) - leading,
+                    is_cut,
+                )
+                for first, last in places
+            ]
+
+    def _encodings(self, texts: list[str], most: int) -> list[Any]:
+        """With the characters of tokens where there are more than ``most``."""
+        encodings: list[Any] = [None] * len(texts)
+        short = [i for i, text in enumerate(texts) if len(text) <= self._long]
+        tokenizer = self._tokenizer
+        for i, each in zip(
+            short, tokenizer.encode_batch_fast([texts[i] for i in short], add_special_tokens=False)
+        ):
+            encodings[i] = each
+        long = [i for i, each in enumerate(encodings) if each is None or len(each) > most]
+        for i, each in zip(
+            long, tokenizer.encode_batch([texts[i] for i in long], add_special_tokens=False)
+        ):
+            encodings[i] = each
+        return encodings
 
 
 def _is_visible(character: str) -> bool:

@@ -27,9 +27,10 @@ from ..errors import InvalidInput, InvalidOutput, Overloaded
 from . import card, numpy2
 from .admission import UNBOUNDED, Float64, Ledger, Size
 from .cross_encoder import CrossEncoder, Relevance, Scoring, Work, is_lone
+from .passages import PASSAGE
 from .shm import stages_prefix
 from .sorter import rank
-from .tokenizer import Pairs, PairTokenizer, Tokens
+from .tokenizer import Extent, Pairs, PairTokenizer, Tokens
 
 # Stubs of the embedded server may be older than this NumPy.
 if numpy2.SWITCH in os.environ:
@@ -140,6 +141,16 @@ def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
     return array
 
 
+def _optional(request: Any, *names: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Those of the inputs that the request has."""
+    found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
+    return {name: each.as_numpy() for name, each in found.items() if each is not None}
+
+
+def _integer(inputs: dict[str, np.ndarray[Any, Any]], name: str) -> int | None:
+    return int(inputs[name].item()) if name in inputs else None
+
+
 def _timeout(request: Any) -> float:
     """Seconds that the client gave it, counted from its entry into this stage's queue."""
     return request.timeout() / 1e6 or math.inf
@@ -172,15 +183,18 @@ class _Counter:
 
 
 class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
-    """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N] → the graph's inputs, batch size N; its ticket."""
+    """QUERY BYTES [1, 1], DOCUMENTS BYTES [1, N], MAX_PASSAGES and MAX_DOCUMENT_TOKENS INT32
+    [1, 1]? → the graph's inputs, batch size M; which passage each is; the request's ticket.
+    """
 
     def load(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         most = {name: int(value["string_value"]) for name, value in parameters.items()}
-        self._tokenizer = PairTokenizer.of(_version_folder(args), most["max_documents"])
+        self._tokenizer = PairTokenizer.of(_version_folder(args), most["max_passages"])
         waiting = Size(math.inf, most["max_waiting_documents"], most["max_waiting_bytes"])
         self._ledger = _ledger(waiting)
         self._documents = _Counter("documents", "Documents of valid requests")
+        self._passages = _Counter("passages", "Passages that they were read in")
         self._truncated = _Counter("truncated_documents", "Documents cut to fit the model")
         self._tokens = _Counter("tokens", "Tokens of query-document pairs, without padding")
 
@@ -190,15 +204,20 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
     def decode(self, request: Any) -> tuple[Pairs, Float64]:
         query = _array(request, "QUERY").item()
         documents = _array(request, "DOCUMENTS").ravel().tolist()
-        pairs = self._tokenizer.read(query, documents)
-        size = Size.of(query, documents, self._tokenizer.max_length)
+        most = _optional(request, "MAX_PASSAGES", "MAX_DOCUMENT_TOKENS")
+        passages, tokens = _integer(most, "MAX_PASSAGES"), _integer(most, "MAX_DOCUMENT_TOKENS")
+        extent = Extent(1 if passages is None else passages, tokens)
+        pairs = self._tokenizer.read(query, documents, extent)
+        size = Size.of(query, documents, self._tokenizer.max_length, pairs.extent.passages)
         return pairs, self._ledger.take(size, _timeout(request), _is_bulk(request))
 
     def run(self, batch: Sequence[tuple[Pairs, Float64]]) -> Sequence[tuple[Tokens, Float64]]:
         results = self._tokenizer.encode([pairs for pairs, _ in batch])
         for tokens in results:
-            self._documents.add(len(tokens.lengths))
-            self._truncated.add(int(tokens.truncated.sum()))
+            documents, firsts = np.unique(tokens.passages["document"], return_index=True)
+            self._documents.add(len(documents))
+            self._passages.add(len(tokens.lengths))
+            self._truncated.add(int(tokens.passages["truncated"][firsts].sum()))
             self._tokens.add(int(tokens.lengths.sum()))
         return [(tokens, ticket) for tokens, (_, ticket) in zip(results, batch)]
 
@@ -208,7 +227,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
             "input_ids": tokens.input_ids,
             "lengths": tokens.lengths[:, None],
             "query_lengths": tokens.query_lengths[:, None],
-            "truncated": tokens.truncated[:, None],
+            "passages": tokens.passages.view(np.int32).reshape(len(tokens.passages), -1),
             "ticket": ticket[None],
         }
 
@@ -278,13 +297,9 @@ class CrossEncoderModel(_Stage[Work, Any]):
         return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
 
 
-#: What the sorter passes on of each document, beside its logit: its input → its output.
-PASSED_ON = {"lengths": "TOKENS", "truncated": "TRUNCATED"}
-
-
 class SorterModel(_Stage[_Sorted, _Sorted]):
-    """logits and scores FP32 [N, 1], ticket FP64 [1, 6]?, lengths INT32 [N, 1]?, truncated BOOL
-    [N, 1]?, TOP_K INT32 [1]? → the outputs [K], and MODEL UINT8 [B].
+    """logits and scores FP32 [M, 1], passages INT32 [M, 5]?, ticket FP64 [1, 6]?, TOP_K INT32 [1]?
+    → the outputs [K], and MODEL UINT8 [B].
     """
 
     def load(self, args: dict[str, str]) -> None:
@@ -296,21 +311,25 @@ class SorterModel(_Stage[_Sorted, _Sorted]):
 
     def decode(self, request: Any) -> _Sorted:
         # Those of the tokenizer are there where it came by way of the ensemble.
-        names = ("ticket", *PASSED_ON, "TOP_K")
-        found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
-        optional = {name: each.as_numpy() for name, each in found.items() if each is not None}
+        optional = _optional(request, "passages", "ticket", "TOP_K")
         for row in optional.get("ticket", ()):
             self._ledger.strike_out(row)
-        relevance = Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0])
-        ranking = rank(relevance, optional["TOP_K"].item() if "TOP_K" in optional else None)
+        passages = optional.get("passages")
+        ranking = rank(
+            Relevance(_array(request, "logits")[:, 0], _array(request, "scores")[:, 0]),
+            _integer(optional, "TOP_K"),
+            None if passages is None else passages.view(PASSAGE)[:, 0],
+        )
         outputs: _Sorted = {
             "INDICES": ranking.indices,
             "SCORES": ranking.scores,
             "LOGITS": ranking.logits,
             "MODEL": self._model,
         }
-        for name in PASSED_ON.keys() & optional.keys():
-            outputs[PASSED_ON[name]] = optional[name][ranking.indices, 0]
+        if ranking.read:
+            outputs["PASSAGES"] = ranking.read.passages
+            outputs["TOKENS"] = ranking.read.tokens
+            outputs["TRUNCATED"] = ranking.read.truncated
         return outputs
 
     def run(self, batch: Sequence[_Sorted]) -> Sequence[_Sorted]:
