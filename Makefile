@@ -25,8 +25,8 @@ serve: $(VENV)/.serving | published ## Serve the model repository until Ctrl-C
 gateway: $(VENV)/.serving ## Serve the rerank APIs over HTTP, in front of URL=…; ARGS="--port 8081 …"
 	$(BIN)/tritonrank gateway $(if $(URL),--url $(URL)) $(ARGS)
 
-export: $(if $(filter default-int8,$(MODEL)-$(PRECISION)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8
-	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION)
+export: $(if $(filter default-int8-,$(MODEL)-$(PRECISION)-$(ARGS)),$(VENV)/.serving,$(VENV)/.all) ## Export a checkpoint: MODEL=… PRECISION=fp32|fp16|int8 ARGS="--max-length …"
+	$(BIN)/tritonrank export $(MODEL) --precision $(PRECISION) $(ARGS)
 
 bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers; into loadtest/RESULTS.md and README.md
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import start
-from tritonrank import AsyncRerankClient, RankedDocument, RerankClient
+from tritonrank import AsyncRerankClient, InvalidRequestError, RankedDocument, RerankClient
 from tritonrank.cache import FRESH, PairCache
-from tritonrank.protocol import Model, Ranking
+from tritonrank.protocol import Model, Options, Ranking
 from tritonrank_server.serving.serve import EmbeddedServer, Settings
 
 from loadtest import sweep
@@ -36,6 +37,23 @@ def test_only_what_is_missing_is_sent(int8_server: EmbeddedServer) -> None:
         assert (cached.cache.hits, cached.cache.misses) == (10, 6)
         assert cached.rank("te", ["agreen tea"]) == plain.rank("te", ["agreen tea"])
         assert cached.rank("tea", ["green tea"]) == plain.rank("tea", ["green tea"])
+        plain.close()
+
+
+def test_what_was_read_otherwise_is_another_pair(int8_server: EmbeddedServer) -> None:
+    long = "The sun is far away. " * 300 + "Green tea is drunk hot."
+    with RerankClient(int8_server.grpc_url, cache=1000) as cached:
+        plain = RerankClient(int8_server.grpc_url)
+        extents: list[dict[str, int | None]]
+        extents = [{}, {"max_passages": 9}, {"max_passages": 2}, {"max_document_tokens": 5}]
+        for extent in 2 * extents:
+            expected = plain.rank("tea", [long, "tea"], None, **extent)  # type: ignore[arg-type]
+            ranking = cached.rank("tea", [long, "tea"], None, **extent)  # type: ignore[arg-type]
+            assert ranking == expected
+        assert cached.cache
+        assert (cached.cache.hits, cached.cache.misses) == (8, 8)
+        with pytest.raises(InvalidRequestError, match="MAX_PASSAGES is 0"):
+            cached.rank("tea", ["tea"], max_passages=0)
         plain.close()
 
 
@@ -66,6 +84,8 @@ def test_an_update_of_the_model_is_seen(
         new = plain.rank("tea", DOCUMENTS)
         assert [each.logit for each in new] != [each.logit for each in old]
         monkeypatch.setattr("tritonrank.cache.FRESH", 0.0)
+        while not client.is_ready(1):  # It has seen that there was no server.
+            time.sleep(0.1)
         assert client.rank("tea", DOCUMENTS) == new
         assert client.rank("tea", [*DOCUMENTS, "water"]) == plain.rank("tea", [*DOCUMENTS, "water"])
         client.close()
@@ -94,7 +114,7 @@ def answer(documents: list[str], model: Model | None = MODEL) -> Ranking:
 
 def asked(cache: PairCache, documents: list[str], model: Model | None = MODEL) -> list[list[str]]:
     """What it asks for, answered by the model."""
-    steps, every = cache.rank("q", documents, None), []
+    steps, every = cache.rank("q", documents, None, Options()), []
     try:
         wanted = next(steps)
         while True:

@@ -216,6 +216,24 @@ def test_a_model_of_4096_positions(repository: Path, tmp_path: Path, sample: Sam
     np.testing.assert_allclose(in_one_run(repository, query, texts), expected, rtol=0, atol=1e-4)
 
 
+def test_fewer_tokens_than_the_checkpoint_takes(
+    repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", "bert", sample, max_position_embeddings=512
+    )
+    export(str(checkpoint), "fp32", repository, max_length=100)
+    query, documents = sample[0]
+    texts = [documents[0], " ".join(documents)]
+    expected = reference(checkpoint, query, texts, 100)
+    ranking = pipeline(repository).rank(query, texts)
+    actual = ranking.logits[np.argsort(ranking.indices)]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+    for wrong in (63, 513):
+        with pytest.raises(UnsupportedCheckpoint, match="pass 64 to 512"):
+            export(str(checkpoint), "fp32", repository, max_length=wrong)
+
+
 def in_one_run(repository: Path, query: str, texts: list[str]) -> np.ndarray:
     tokenizer = pipeline(repository).tokenizer
     [tokens] = tokenizer.encode([tokenizer.read(query.encode(), [t.encode() for t in texts])])

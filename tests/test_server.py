@@ -576,6 +576,7 @@ def test_metrics_of_known_requests(
     after = counters(int8_server)
     assert {name: after[name] - before[name] for name in after} == {
         "documents": 6,
+        "passages": 6,
         "truncated_documents": 2,
         "tokens": 2 * tokens.lengths.sum(),
         "computed_tokens": 2 * tokens.lengths.sum(),

@@ -33,7 +33,9 @@ MIN_LENGTH = 64
 ACTIVATIONS = {"Sigmoid": "Sigmoid", "Identity": "Identity"}
 
 
-def source(name: str, precision: str, instruction: str | None = None) -> Source:
+def source(
+    name: str, precision: str, instruction: str | None = None, max_length: int | None = None
+) -> Source:
     """Exports a checkpoint at a precision: ``fp32``, ``fp16`` or ``int8``.
 
     Nothing of the checkpoint is run but its weights: no remote code.
@@ -42,6 +44,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
         name: a hub id or a folder.
         precision: of the graph.
         instruction: the task of a language model, in place of the checkpoint's own.
+        max_length: the most tokens of a pair, in place of what the checkpoint takes.
 
     Raises:
         UnsupportedCheckpoint: it cannot be had, is broken, or is of a kind that is not known here;
@@ -64,7 +67,7 @@ def source(name: str, precision: str, instruction: str | None = None) -> Source:
     _check_tokenizer(tokenizer, folder, family)
     _check_conversion(tokenizer, folder)
     loaded = load(folder, name, config, family, saved_, tokenizer)
-    max_length = _max_length(tokenizer, family.positions(config), saved_.max_length)
+    max_length = _max_length(tokenizer, family.positions(config), saved_.max_length, max_length)
     backend = _backend_tokenizer(tokenizer, max_length)
     _check_ids(backend, loaded.model)
     prompt, render = _prompt(name, tokenizer, family, saved_, instruction)
@@ -139,10 +142,19 @@ def _check_conversion(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _max_length(
-    tokenizer: PreTrainedTokenizerBase, positions: int, saved_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    saved_length: int | None,
+    wanted: int | None,
 ) -> int:
     with telling("model_max_length of the tokenizer"):
         max_length = min(positions, int(saved_length or tokenizer.model_max_length))
+    if wanted is not None:
+        if not MIN_LENGTH <= wanted <= max_length:
+            raise UnsupportedCheckpoint(
+                f"--max-length is {wanted}: pass {MIN_LENGTH} to {max_length}, which it takes"
+            )
+        return wanted
     if max_length < MIN_LENGTH:
         raise UnsupportedCheckpoint(
             f"{max_length} tokens, by model_max_length in tokenizer_config.json or "

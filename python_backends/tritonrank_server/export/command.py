@@ -36,7 +36,13 @@ PAGE = 4096
 MOST_DOCUMENTS = 100
 
 
-def export(model: str, precision: str, repository: Path, instruction: str | None = None) -> Path:
+def export(
+    model: str,
+    precision: str,
+    repository: Path,
+    instruction: str | None = None,
+    max_length: int | None = None,
+) -> Path:
     """Exports a checkpoint, checks it, and publishes it; what was published before stays till then.
 
     Args:
@@ -44,6 +50,7 @@ def export(model: str, precision: str, repository: Path, instruction: str | None
         precision: ``fp32``, ``fp16`` or ``int8``.
         repository: the model repository.
         instruction: the task of a language model, in place of the checkpoint's own.
+        max_length: the most tokens of a pair, in place of what the checkpoint takes.
 
     Returns:
         The published folder.
@@ -56,7 +63,7 @@ def export(model: str, precision: str, repository: Path, instruction: str | None
     """
     with staging(repository / "cross_encoder") as folder:
         _say(f"Exporting {model} as {precision} …")
-        card, pairs, expected = _written(model, precision, folder, instruction)
+        card, pairs, expected = _written(model, precision, folder, instruction, max_length)
         gc.collect()  # The nodes of a graph refer to each other, and to the weights.
         _say("Comparing it with FP32 …")
         runnable = folder / "portable.onnx"  # There is no GPU here.
@@ -80,13 +87,13 @@ def export(model: str, precision: str, repository: Path, instruction: str | None
 
 
 def _written(
-    model: str, precision: str, folder: Path, instruction: str | None
+    model: str, precision: str, folder: Path, instruction: str | None, max_length: int | None
 ) -> tuple[dict[str, Any], PairTokenizer, Expected]:
     """Writes what a server needs; gives its card, and what the check needs.
 
     After it the checkpoint's own model is gone: with the graph's session there would be two.
     """
-    source = _source(model, precision, folder, instruction)
+    source = _source(model, precision, folder, instruction, max_length)
     source.tokenizer.save(str(folder / TOKENIZER))
     pairs = PairTokenizer(folder / TOKENIZER, MOST_DOCUMENTS, source.prompt)
     reading.check(pairs, source)
@@ -120,17 +127,19 @@ def _save(graph: ir.Model, folder: Path) -> None:
         )
 
 
-def _source(model: str, precision: str, staging: Path, instruction: str | None) -> Source:
-    if model == "default" and precision == "int8" and not instruction:
+def _source(
+    model: str, precision: str, staging: Path, instruction: str | None, max_length: int | None
+) -> Source:
+    if model == "default" and precision == "int8" and not instruction and not max_length:
         return default_model.int8_source()
     # Only here, so that the default model needs neither torch nor transformers.
     from . import checkpoint
 
     if model != "default":
-        return checkpoint.source(model, precision, instruction)
+        return checkpoint.source(model, precision, instruction, max_length)
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         default_model.write_checkpoint(Path(folder))
-        source = checkpoint.source(folder, precision, instruction)
+        source = checkpoint.source(folder, precision, instruction, max_length)
     provenance = source.provenance | default_model.PROVENANCE
     return replace(source, name=default_model.NAME, provenance=provenance)
 
@@ -153,6 +162,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--instruction", help="the task of a language model, in place of the checkpoint's own"
     )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="the most tokens of a pair, fewer than the checkpoint takes; longer documents can be "
+        "read in passages of as many",
+    )
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
     arguments = parser.parse_args(argv)
     models = arguments.model_repository / "cross_encoder"
@@ -174,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.precision,
             arguments.model_repository,
             arguments.instruction,
+            arguments.max_length,
         )
     except (WheelError, ExportRefused, UnsupportedCheckpoint, OSError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)  # The last: no space, no permission.
