@@ -15,7 +15,12 @@ from typing import Any
 
 Pairs = Iterable[tuple[int, float]]
 QUERY = "capital of France?"
-DOCUMENTS = ["Berlin is in Germany.", "Rome is in Italy.", "Paris is in France."]
+#: The last is read in part, which answers tell in a field that these clients do not know.
+DOCUMENTS = [
+    "Berlin is in Germany.",
+    "Rome is in Italy.",
+    "Paris is in France. " + "It has a river. " * 200,
+]
 #: A query that is refused, to see what a client makes of it.
 BLANK = " "
 KEYS = ("COHERE", "CO", "JINA", "JINAAI", "NVIDIA", "VOYAGE")
@@ -58,12 +63,12 @@ def cohere_v2_spans(query: str) -> Pairs:
         query=query,
         documents=DOCUMENTS,
         max_tokens_per_doc=4096,
-        relevant_spans=RerankRelevantSpans(mode="enabled", threshold=0.5, max_spans=1),
+        relevant_spans=RerankRelevantSpans(mode="enabled", threshold=0.01, max_spans=1),
     )
     for each in answer.results:
-        spans = [(span.start, span.end, span.score) for span in each.relevant_spans]
-        whole = (0, len(DOCUMENTS[each.index]), each.relevance_score)
-        assert spans == ([whole] if each.relevance_score >= 0.5 else [])
+        spans = [(span.start, span.score) for span in each.relevant_spans]
+        assert spans == ([(0, each.relevance_score)] if each.relevance_score >= 0.01 else [])
+    assert 1000 < answer.results[0].relevant_spans[0].end < len(DOCUMENTS[2])
     return results(answer)
 
 
