@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,11 +17,12 @@ from conftest import GatewayProcess
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tritonrank import RankedDocument, RerankClient
-from tritonrank.gateway import dialects, fields
+from tritonrank.gateway import dialects, fields, passages
 from tritonrank.gateway.dialects import Answered, Call, Dialect
 from tritonrank.gateway.fields import InvalidField
 from tritonrank.protocol import Model, Ranking
 from tritonrank_server.serving.serve import EmbeddedServer
+from tritonrank_server.stages.tokenizer import Extent, PairTokenizer
 
 MODEL = Model("a", "int8", 512, "Sigmoid", "0")
 EVERY = [*dialects.PREFIXES.values(), dialects.SCORE, dialects.DEEPINFRA]
@@ -29,7 +31,9 @@ NAMES = [
     *("query", "queries", "documents", "texts", "passages", "items", "text_1", "text_2", "data_1"),
     *("data_2", "model", "top_n", "top_k", "return_documents", "return_text", "rank_fields"),
     *("raw_scores", "use_activation", "truncate", "truncation", "property", "relevant_spans"),
-    *("user", "priority", *dialects.LENGTHS, *dialects.UNSUPPORTED),
+    *("user", "priority", "overlap_tokens", *dialects.MAX_PASSAGES, *dialects.MAX_DOCUMENT_TOKENS),
+    *dialects.LENGTHS,
+    *dialects.UNSUPPORTED,
 ]
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -93,6 +97,7 @@ def check_refusal(dialect: Dialect, error: InvalidField) -> None:
 @example(None, "score", {"text_1": ["a", "b"], "text_2": ["c", "d"]})
 @example(dialects.VLLM, "rerank", {"query": "a", "documents": "b", "use_activation": False})
 @example(dialects.INFINITY, "rerank", {"query": "a", "documents": ["b"]})
+@example(None, "rerank", {"query": "a", "documents": ["b"], "relevant_spans": {"mode": "enabled"}})
 @settings(max_examples=250, deadline=None)
 @given(
     st.sampled_from([None, *dialects.PREFIXES.values()]),
@@ -111,7 +116,9 @@ def test_any_body_is_understood_or_refused_by_name(
     assert len(call.queries) in (1, len(call.documents))
     assert all(isinstance(text, str) for text in (*call.queries, *call.documents))
     assert call.top_n is None or call.top_n > 0
-    ranked = [RankedDocument(i, 0.5, 0.0, text, 1, False) for i, text in enumerate(call.documents)]
+    ranked = [
+        RankedDocument(i, 0.5, 0.0, text, 1, False, (0, 1)) for i, text in enumerate(call.documents)
+    ]
     answer = orjson.dumps(dialect.answer(Answered(call, Ranking(ranked, MODEL), "a", "id")))
     assert all(isinstance(each, float) for each in floats(json.loads(answer)))
 
@@ -237,3 +244,139 @@ def test_scores_stand_in_the_order_of_the_documents(
     assert scores == [{"document": each.document, "score": each.score} for each in ranked]
     body = {"queries": [query], "documents": documents}
     assert client.post("/inference/a", json=body).json()["scores"] == expected
+
+
+# Long documents.
+
+FILLER = "The 🚂 leaves the station at noon, and the platform is empty again. "
+ANSWER = "Green tea is what people drink with a meal. "
+#: What answers stands where one passage does not reach; beside it texts of other sizes.
+LONG = FILLER * 60 + ANSWER + FILLER * 20
+SIZES = [LONG, "a red car", "", FILLER * 4, "물 한 잔 🍵 " * 400, ANSWER]
+DRINK = "something to drink"
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_chunks_per_doc": 1024, "overlap_tokens": 80},
+        {"max_passages": 3},
+        {"max_chunks_per_doc": None, "max_passages": 2, "max_tokens_per_doc": 600},
+        {"max_passages": 0, "max_doc_length": 5},
+        {"max_tokens_per_doc": 0, "max_doc_length": 100, "max_passages": 1},
+    ],
+    ids=json.dumps,
+)
+def test_every_dialect_reads_as_much_as_the_client_does(
+    client: httpx.Client, triton: RerankClient, name: str, asked: dict[str, Any]
+) -> None:
+    path, documents, top_n, listed, score = SPOKEN[name]
+    answer = client.post(path, json={"query": DRINK, documents: SIZES, top_n: None, **asked})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()[listed] if listed else answer.json()
+    most = asked.get("max_chunks_per_doc") or asked.get("max_passages") or None
+    tokens = asked.get("max_tokens_per_doc") or asked.get("max_doc_length")
+    expected = triton.rank(DRINK, SIZES, max_passages=most, max_document_tokens=tokens)
+    exact = [(each.index, each.logit if score == "logit" else each.score) for each in expected]
+    assert [(each["index"], each[score]) for each in found] == exact
+    assert [each.logit for each in expected] != [each.logit for each in triton.rank(DRINK, SIZES)]
+
+
+def test_pairs_are_read_in_passages(client: httpx.Client, triton: RerankClient) -> None:
+    queries = [DRINK, "a train"] * 3
+    body = {"text_1": queries, "text_2": SIZES, "max_passages": 8}
+    data = client.post("/score", json=body).json()["data"]
+    ranked = [triton.rank(*pair, max_passages=8)[0] for pair in zip(queries, ([s] for s in SIZES))]
+    assert [each["score"] for each in data] == [each.score for each in ranked]
+
+
+def test_the_passage_and_the_spans_are_told(client: httpx.Client, triton: RerankClient) -> None:
+    body = {"query": DRINK, "documents": SIZES, "max_passages": 100}
+    expected = triton.rank(DRINK, SIZES, max_passages=100)
+    for path in ("/v2/rerank", "/jina/v1/rerank", "/vllm/rerank", "/infinity/rerank"):
+        results = client.post(path, json=body).json()["results"]
+        told = {each["index"]: each["passage"] for each in results if "passage" in each}
+        assert told == {
+            each.index: dict(zip(("start", "end"), each.passage))
+            for each in expected
+            if each.passage and len(each.document) > 1000
+        }
+        assert ANSWER.strip() in LONG[told[0]["start"] : told[0]["end"]]
+        assert not any("relevant_spans" in each for each in results)
+    for spans, threshold in (
+        ({"mode": "enabled"}, 0.1),
+        ({"mode": "enabled", "threshold": 0, "max_spans": 3}, 0),
+        ({"mode": "enabled", "threshold": 1, "max_spans": None}, 1),
+    ):
+        # Of logits no threshold is from 0 to 1: a span's score is.
+        for raw in (False, True):
+            asked = {**body, "relevant_spans": spans, "raw_scores": raw}
+            results = client.post("/v2/rerank", json=asked).json()["results"]
+            assert [each["relevant_spans"] for each in results] == [
+                [{"start": each.passage[0], "end": each.passage[1], "score": each.score}]
+                if each.passage and each.score >= threshold
+                else []
+                for each in expected
+            ]
+    disabled = client.post("/v2/rerank", json={**body, "relevant_spans": {"mode": "disabled"}})
+    assert not any("relevant_spans" in each for each in disabled.json()["results"])
+
+
+@pytest.mark.parametrize("forbids", [{"truncation": False}, {"truncate": "NONE"}])
+def test_what_is_left_unread_is_refused_where_it_may_not_be(
+    client: httpx.Client, forbids: dict[str, Any]
+) -> None:
+    body = {"query": DRINK, "documents": ["a red car", LONG], **forbids}
+    for asked, status in (
+        ({}, 422),
+        ({"max_chunks_per_doc": 2}, 422),
+        ({"max_chunks_per_doc": 8}, 200),
+        ({"max_chunks_per_doc": 8, "max_tokens_per_doc": 100}, 422),
+    ):
+        answer = client.post("/rerank", json={**body, **asked})
+        assert answer.status_code == status, answer.text
+        assert status == 200 or "forbids to cut, and document 1" in answer.json()["message"]
+
+
+def test_search_units_are_coheres(client: httpx.Client, triton: RerankClient) -> None:
+    def units(documents: list[str], **asked: int) -> int:
+        answer = client.post("/v2/rerank", json={"query": "a", "documents": documents, **asked})
+        return answer.json()["meta"]["billed_units"]["search_units"]
+
+    assert units(["tea"] * 100) == 1
+    assert units(["tea"] * 101) == 2
+    [read] = triton.rank("a", [LONG], max_passages=100)
+    assert read.tokens
+    chunks = -(-read.tokens // 500)
+    assert units([LONG] + ["tea"] * (100 - chunks), max_passages=100) == 1
+    assert units([LONG] + ["tea"] * (101 - chunks), max_passages=100) == 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(int8_repository: Path) -> PairTokenizer:
+    return PairTokenizer.of(int8_repository / "cross_encoder" / "current", 1024)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(["!", "a ", ". ", "tea\n", "飲", "한", "🍵", "\u0301", "word", FILLER]),
+    texts,
+    st.integers(0, 3000),
+    st.sampled_from(["a", "tea " * 400]),
+)
+def test_no_document_has_more_passages_than_are_asked_for(
+    tokenizer: PairTokenizer, part: str, rest: str, count: int, query: str
+) -> None:
+    document = ((part * count)[:3000] + rest).encode()
+    pairs = tokenizer.read(query.encode(), [document], Extent(1024))
+    [tokens] = tokenizer.encode([pairs])
+    most = passages.most(len(document), 1024, tokenizer.max_length)
+    assert len(tokens.lengths) <= most
+    assert passages.most(len(document), 3, tokenizer.max_length) == min(most, 3)
+    assert 1 <= passages.expected(len(document), 1024, tokenizer.max_length) <= most
+
+
+def test_short_documents_are_asked_for_as_ever() -> None:
+    assert passages.most(100, 1024, 512) == passages.expected(100, 1024, 512) == 1
+    assert passages.most(len(ANSWER) * 9, 1024, 512) <= 4

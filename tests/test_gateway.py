@@ -26,6 +26,10 @@ from tritonrank_server.serving.serve import EmbeddedServer
 CALL = {"query": "tea", "documents": ["a car", "green tea", "차 한 잔"]}
 
 
+FILLER = "The train leaves the station at noon, and the platform is empty again. "
+LONG = FILLER * 60 + "Green tea is what people drink with a meal. " + FILLER * 20
+
+
 @contextmanager
 def serving(service: Any) -> Iterator[str]:
     """A server of the wire contract that a test makes, for what a real one does too seldom."""
@@ -45,6 +49,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     def __init__(self, code: grpc.StatusCode | None = None, ready: bool = True) -> None:
         self.code, self.ready = code, ready
         self.seen: list[tuple[str, dict[str, str], int]] = []
+        self.bulk: set[bool] = set()
         self.go, self.cancelled = threading.Event(), threading.Event()
 
     def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:
@@ -58,6 +63,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         self.seen.append((request.id, metadata, request.parameters["timeout"].int64_param))
+        self.bulk.add(request.parameters["bulk"].bool_param)
         context.add_callback(lambda: self.go.is_set() or self.cancelled.set())
         if self.code is None:
             self.go.wait(30)
@@ -178,6 +184,29 @@ def test_names_of_the_model(int8_server: EmbeddedServer, tmp_path: Path) -> None
         refused = http.post("/v2/rerank", json={**CALL, "model": "gpt"})
         assert refused.status_code == 404
         assert "use rerank-1, rerank-2" in refused.json()["message"]
+
+
+def test_passages_where_a_request_does_not_say(int8_server: EmbeddedServer, tmp_path: Path) -> None:
+    options = ["--max-passages=8", "--cache=100"]
+    with (
+        gateway_of(int8_server, tmp_path / "log", *options) as gateway,
+        RerankClient(int8_server.grpc_url) as client,
+    ):
+        body = {"query": "something to drink", "documents": [LONG, "a car"]}
+        for asked, most in (
+            ({}, 8),
+            ({"max_chunks_per_doc": 1}, 1),
+            ({"max_passages": 2}, 2),
+            ({"max_chunks_per_doc": None}, 8),
+        ):
+            answer = httpx.post(f"{gateway.url}/rerank", json={**body, **asked}, timeout=60).json()
+            expected = client.rank(*body.values(), max_passages=most)
+            assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [
+                (each.index, each.score) for each in expected
+            ]
+            assert answer["usage"]["total_tokens"] == sum(each.tokens or 0 for each in expected)
+        # The long one three times, the car once, and a pair to know the model.
+        assert "cache_misses_total 5.0" in httpx.get(f"{gateway.url}/metrics").text
 
 
 def test_pages_of_other_origins(int8_server: EmbeddedServer, tmp_path: Path) -> None:
@@ -307,6 +336,65 @@ def test_documents_under_way_are_counted_when_they_are_known(tmp_path: Path) -> 
         first.result()
 
 
+class Known(Scripted):
+    """Tells its model, which the gateway asks for with a pair of its own."""
+
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if request.id:
+            return super().ModelInfer(request, context)
+        answer = service_pb2.ModelInferResponse()
+        model = {"name": "a", "precision": "int8", "activation": "Sigmoid", "revision": "0"}
+        for name, raw in (
+            ("INDICES", bytes(4)),
+            ("SCORES", bytes(4)),
+            ("LOGITS", bytes(4)),
+            ("MODEL", json.dumps({**model, "max_length": 512}).encode()),
+        ):
+            answer.outputs.add(name=name)
+            answer.raw_output_contents.append(raw)
+        return answer
+
+
+def test_a_document_counts_for_its_passages(tmp_path: Path) -> None:
+    service, each = Known(), len(LONG) // 1024 + 1
+    options = [f"--max-documents={10 * each}", f"--max-documents-under-way={10 * each + 50}"]
+    many = {"query": "tea", "documents": [LONG] * 10, "max_chunks_per_doc": 100_000}
+    few = {**many, "documents": ["a cup of tea"] * 50}
+    with (
+        serving(service) as url,
+        gateway_at(url, tmp_path / "log", *options) as gateway,
+        ThreadPoolExecutor(2) as pool,
+    ):
+
+        def under_way(documents: int) -> None:
+            while f"under_way {documents}.0" not in httpx.get(f"{gateway.url}/metrics").text:
+                time.sleep(0.01)
+
+        rerank = f"{gateway.url}/rerank"
+        more = {**many, "documents": [*many["documents"], "tea"]}
+        refused = httpx.post(rerank, json=more)
+        assert refused.status_code == 422
+        assert f"in passages are {10 * each + 1} or more" in refused.json()["message"]
+        pool.submit(httpx.post, rerank, json=many, timeout=60)
+        under_way(10 * each)
+        assert httpx.post(rerank, json={**many, "documents": [LONG] * 9}).status_code == 429
+        pool.submit(httpx.post, rerank, json=few, timeout=60)
+        under_way(10 * each + 50)
+        assert httpx.post(rerank, json={**many, "documents": ["tea"]}).status_code == 429
+        service.go.set()
+
+
+@pytest.mark.parametrize(("documents", "bulk"), [(1024, False), (1025, True)])
+def test_many_passages_go_after_all_others(documents: int, bulk: bool, tmp_path: Path) -> None:
+    long = "tea " * 2048  # Eight passages by their size.
+    body = {"query": "tea", "documents": [long] * (documents // 8) + ["tea"] * (documents % 8)}
+    service = Known(grpc.StatusCode.INTERNAL)
+    with serving(service) as url, gateway_at(url, tmp_path / "log") as gateway:
+        answer = httpx.post(f"{gateway.url}/rerank", json={**body, "max_passages": 8}, timeout=60)
+    assert answer.status_code == 500
+    assert service.bulk == {bulk}
+
+
 class Slow(Scripted):
     """Takes half a second for each call."""
 
@@ -360,6 +448,7 @@ def test_what_was_begun_is_answered(int8_repository: Path, tmp_path: Path) -> No
         (["--ssl-keyfile=/etc/hostname", "--ssl-certfile=/etc/hostname"], "/etc/hostname"),
         (["--cors-origin=a.example"], "a.example is no origin"),
         (["--max-documents=0"], "limit of documents"),
+        (["--max-passages=0"], "max_passages is 0"),
     ],
 )
 def test_what_cannot_be_meant_is_one_clear_line(

@@ -196,7 +196,23 @@ BAD: dict[str, tuple[int, bytes, str]] = {
         "passages[0].image",
     ),
     "an image": (422, body(documents=[{"image": "data:"}]), "documents[0]"),
-    "a short limit": (422, body(max_tokens_per_doc=1), "max_tokens_per_doc"),
+    "a short limit": (422, body(max_length=1), "max_length"),
+    "passages without end": (
+        422,
+        body(documents=["green tea " * 400_000], max_chunks_per_doc=10**9),
+        "and a request may have 1000",
+    ),
+    "spans without a mode": (422, body(relevant_spans={"threshold": 0}), "relevant_spans.mode"),
+    "spans of any score": (
+        422,
+        body(relevant_spans={"mode": "enabled", "threshold": 2}),
+        "relevant_spans.threshold is 2",
+    ),
+    "no spans": (
+        422,
+        body(relevant_spans={"mode": "enabled", "max_spans": 0}),
+        "relevant_spans.max_spans is 0",
+    ),
 }
 for field, values in {
     "query": [None, 1, True, [], {}, {"image": ""}],
@@ -211,9 +227,13 @@ for field, values in {
     "rank_fields": ["a", 1, {}, [1], [None]],
     "truncation": [1, "yes", "START", [], {}],
     "max_tokens_per_doc": [-1, "9", 1.5, True, []],
+    "max_doc_length": [-1, "9"],
+    "max_chunks_per_doc": [-1, "9", 1.5, True, []],
+    "max_passages": [-1, "9"],
+    "overlap_tokens": [-1, "9", 81],
     "truncate_prompt_tokens": [-2, "9"],
     "instruction": ["read well"],
-    "relevant_spans": [True, {"mode": "enabled"}],
+    "relevant_spans": [True, "enabled", [1], {"mode": True}, {"mode": "on"}],
 }.items():
     for value in values:
         others = {"documents": None} if field in ("texts", "passages") else {}
@@ -235,6 +255,7 @@ ODD = {
     "one huge object": body(documents=[{"a": "car"}, {"a": "green tea 🍵 " * 150_000}]),
     "a huge top_n": body(top_n=1e300),
     "a huge limit": body(max_tokens_per_doc=1e300),
+    "passages without end": body(documents=["tea"] * 1000, max_chunks_per_doc=1e300),
 }
 
 

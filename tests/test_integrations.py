@@ -30,7 +30,7 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from tritonrank import (
     TLS,
     AsyncRerankClient,
@@ -77,6 +77,10 @@ class LangChain:
     def read(outputs: list[Document]) -> Ranking:
         return [(each.page_content, each.metadata["relevance_score"]) for each in outputs]
 
+    @staticmethod
+    def metadata(output: Document) -> dict[str, Any]:
+        return output.metadata
+
 
 class LlamaIndex:
     kind, top = for_llama_index.TritonRerank, "top_n"
@@ -96,6 +100,10 @@ class LlamaIndex:
     @staticmethod
     def read(outputs: list[NodeWithScore]) -> Ranking:
         return [(each.text, each.get_score()) for each in outputs]
+
+    @staticmethod
+    def metadata(output: NodeWithScore) -> dict[str, Any]:
+        return output.node.metadata
 
 
 class Haystack:
@@ -118,6 +126,10 @@ class Haystack:
     @staticmethod
     def read(outputs: list[haystack.Document]) -> Ranking:
         return [(each.content, each.score) for each in outputs]
+
+    @staticmethod
+    def metadata(output: haystack.Document) -> dict[str, Any]:
+        return output.meta
 
 
 @pytest.fixture(params=[LangChain, LlamaIndex, Haystack])
@@ -153,6 +165,38 @@ def test_the_clients_ranking(
     assert inputs == before
     assert all(one is other for one, other in zip(inputs, same))
     assert not {id(each) for each in outputs} & {id(each) for each in inputs}
+
+
+FILLER = "The 🚂 leaves the station at noon, and the platform is empty again. "
+LONG = FILLER * 60 + "Green tea is what people drink with a meal. " + FILLER * 20
+
+
+def test_a_long_document_is_read_in_passages(
+    framework: Any, call: Callable[..., Any], url: str
+) -> None:
+    texts = [LONG, "a red car", "green tea"]
+    inputs = framework.inputs(texts)
+    before = copy.deepcopy(inputs)
+    for most in (None, 1, 8):
+        reranker = framework.kind(url, timeout=60, max_passages=most, **{framework.top: 3})
+        outputs = call(reranker, QUERY, inputs)
+        with RerankClient(url, timeout=60) as client:
+            expected = client.rank(QUERY, texts, max_passages=most)
+        assert framework.read(outputs) == [(each.document, each.score) for each in expected]
+        for output, each in zip(outputs, expected):
+            told = framework.metadata(output).get("relevant_passage")
+            assert each.passage
+            passage = dict(zip(("start", "end"), each.passage))
+            assert told == (passage if each.document == LONG else None)
+        assert inputs == before
+        [read] = [each.passage for each in expected if each.document == LONG]
+        assert ("Green tea" in LONG[slice(*read)]) == (most == 8)
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_passages_that_cannot_be_meant(framework: Any, most: int) -> None:
+    with pytest.raises(ValueError, match="max_passages"):
+        framework.kind(max_passages=most)
 
 
 def test_no_documents(framework: Any, call: Callable[..., Any]) -> None:
@@ -244,7 +288,9 @@ def test_langchain_retriever(url: str, expected: Ranking) -> None:
 
 
 def test_langchain_fields(tls: TLS) -> None:
-    reranker = for_langchain.TritonRerank(["127.0.0.1:1", "127.0.0.1:2"], tls=tls, top_n=5)
+    reranker = for_langchain.TritonRerank(
+        ["127.0.0.1:1", "127.0.0.1:2"], tls=tls, top_n=5, max_passages=4
+    )
     data = reranker.model_dump(mode="json")
     assert for_langchain.TritonRerank(**data).model_dump() == data
     with pytest.raises(ValueError, match="frozen"):
@@ -282,6 +328,17 @@ def test_llama_index_metadata_for_embedding_is_read(url: str) -> None:
         expected = client.rank(QUERY, texts)
     assert [each.score for each in outputs] == [each.score for each in expected]
     assert [each.node for each in outputs] == [nodes[each.index] for each in expected]
+
+
+def test_llama_index_shows_no_model_the_passage(url: str) -> None:
+    node = TextNode(text=LONG, metadata={"kind": "tea"}, excluded_llm_metadata_keys=["kind"])
+    reranker = for_llama_index.TritonRerank(url, timeout=60, max_passages=8)
+    [output] = reranker.postprocess_nodes([NodeWithScore(node=node)], None, QUERY)
+    passage = output.node.metadata["relevant_passage"]
+    text = node.get_content(MetadataMode.EMBED)
+    assert "Green tea" in text[passage["start"] : passage["end"]]
+    for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+        assert output.node.get_content(mode) == node.get_content(mode)
 
 
 @pytest.mark.parametrize("name", ["postprocess_nodes", "apostprocess_nodes"])
@@ -331,13 +388,15 @@ def test_llama_index_events(url: str, recorder: Recorder, call: str) -> None:
 def test_llama_index_serialisation(tls: TLS) -> None:
     urls = ["127.0.0.1:1", "127.0.0.1:2"]
     for reranker in (
-        for_llama_index.TritonRerank(urls, timeout=7, tls=tls, top_n=5),
-        for_llama_index.TritonRerank(client=RerankClient(urls, timeout=7, tls=tls), top_n=5),
+        for_llama_index.TritonRerank(urls, timeout=7, tls=tls, top_n=5, max_passages=4),
+        for_llama_index.TritonRerank(
+            client=RerankClient(urls, timeout=7, tls=tls), top_n=5, max_passages=4
+        ),
     ):
         data = reranker.to_json()
         other = for_llama_index.TritonRerank.from_json(data)
         assert other.to_json() == data
-        assert (other.url, other.timeout, other.top_n) == (urls, 7, 5)
+        assert (other.url, other.timeout, other.top_n, other.max_passages) == (urls, 7, 5, 4)
         assert TLS(**other.tls).server_name == "reranker"
 
 
@@ -367,7 +426,12 @@ def test_haystack_pipeline(url: str, kind: type) -> None:
 @pytest.mark.parametrize("passed", [False, True])
 def test_haystack_serialisation(tls: TLS, passed: bool) -> None:
     settings = {"url": ["127.0.0.1:1", "127.0.0.1:2"], "timeout": 7, "tls": tls}
-    more = {"top_k": 5, "meta_fields_to_embed": ["name"], "meta_data_separator": " "}
+    more = {
+        "top_k": 5,
+        "max_passages": 4,
+        "meta_fields_to_embed": ["name"],
+        "meta_data_separator": " ",
+    }
     given = {"client": RerankClient(**settings)} if passed else settings
     made = pipeline(haystack.Pipeline, for_haystack.TritonRanker(**given, **more))
     text = made.dumps()

@@ -82,6 +82,11 @@ def fill(page: Page, query: str, documents: list[str]) -> None:
     page.get_by_label("Documents").fill("\n".join(documents))
 
 
+def sample_of(page: Page) -> list[str]:
+    """The documents that the page begins with."""
+    return page.get_by_label("Documents").input_value().splitlines()
+
+
 def rank(page: Page) -> None:
     page.get_by_role("button", name="Rank", exact=True).click()
     expect(page.get_by_role("status")).to_contain_text("Ranked in")
@@ -164,7 +169,17 @@ def test_every_control_is_reached_and_has_a_name_and_a_visible_focus(page: Page)
             break
         assert focus[1], focus
         reached.append(focus[0])
-    assert reached == ["query", "open", "documents", "rank", "SUMMARY", "copy", "curl", "code"]
+    assert reached == [
+        "query",
+        "open",
+        "documents",
+        "rank",
+        "passages",
+        "SUMMARY",
+        "copy",
+        "curl",
+        "code",
+    ]
     page.get_by_role("radio", name="curl").focus()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("region", name="Code")).to_contain_text("import httpx")
@@ -200,7 +215,7 @@ def test_the_policy_allows_nothing_else(page: Page, gateway_url: str) -> None:
     policy = page.request.get(gateway_url).headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    assert len(PAGE.read_bytes()) < 25_000
+    assert len(PAGE.read_bytes()) < 26_500
 
 
 def test_what_cannot_be_sent_is_said(page: Page) -> None:
@@ -208,14 +223,16 @@ def test_what_cannot_be_sent_is_said(page: Page) -> None:
     for query, documents, reason in (
         ("  ", ["a"], "Type a query."),
         (QUERY, ["", "  "], "Type a document, or open a file."),
+        (QUERY, ["a"], "Passages are a number from 1 to 1,024."),
     ):
+        page.get_by_label("Passages").fill("1.5" if "Passages" in reason else "1")
         fill(page, query, documents)
         expect(button).to_be_disabled()
         expect(status).to_have_text(reason)
         page.get_by_label("Documents").press("Control+Enter")
         page.get_by_label("Query").press("Enter")
         expect(page.locator("#answer")).to_be_hidden()
-    fill(page, QUERY, ["a"])
+    page.get_by_label("Passages").fill("2")
     expect(button).to_be_enabled()
 
 
@@ -288,6 +305,7 @@ def test_korean_and_japanese_are_sent_and_shown_as_they_are(page: Page) -> None:
     assert body == {
         "query": "日本で一番高い山は? 제일 높은 산",
         "documents": documents,
+        "max_passages": 1,
         "return_documents": False,
     }
     expect(page.get_by_role("status")).to_contain_text("Ranked in")
@@ -387,7 +405,7 @@ def test_thousands_of_documents_do_not_freeze_it(page: Page) -> None:
     assert shown(page) == documents[:-401:-1]
     expect(page.locator("#list > li").nth(200)).to_be_focused()
     call = copied(page, "curl")
-    assert call.count("passage") == 5000
+    assert call.count("passage ") == 5000
     expect(page.locator("#note")).to_contain_text("Copy takes the whole call.")
     assert page.evaluate("longest") < 1000  # Milliseconds, on a busy machine of two cores.
 
@@ -404,6 +422,7 @@ def test_long_texts_are_cut_and_shown_whole_on_demand(page: Page) -> None:
     expect(item).not_to_contain_text("the end")
     for count in 3, 4:
         drop(page, "lines.jsonl", lines("\n".join(["tea"] * count)))
+        expect(page.locator("#preview")).to_have_text(" ".join(["tea"] * count))
         page.keyboard.press("Control+Enter")
         expect(page.get_by_role("status")).to_contain_text("Ranked in")
         expect(page.get_by_role("button", name="Show all")).to_have_count(count - 3)
@@ -412,6 +431,53 @@ def test_long_texts_are_cut_and_shown_whole_on_demand(page: Page) -> None:
     expect(page.get_by_role("button", name="Show all")).to_have_count(0)
     page.set_viewport_size({"width": 320, "height": 640})
     expect(page.get_by_role("button", name="Show all")).to_have_count(1)
+
+
+FILLER = "The 🚂 leaves the station at noon, e\u0301t 𠮷野家 is closed. "
+ANSWER = "Green tea is what people drink with a meal. "
+LONG = FILLER * 60 + ANSWER + FILLER * 40
+
+
+def test_the_passage_that_counts_is_marked(page: Page) -> None:
+    fill(page, QUERY, [LONG, "a red car"])
+    page.get_by_label("Passages").fill("8")
+    with page.expect_response(CALL) as response:
+        page.get_by_label("Passages").press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("Ranked in")
+    results = response.value.json()["results"]
+    [passage] = [each["passage"] for each in results if "passage" in each]
+    assert passage["start"] > 0
+    assert passage["end"] < len(LONG)
+    text = LONG[passage["start"] : passage["end"]]
+    assert ANSWER in text
+    item = page.locator("#list > li").filter(has=page.locator("mark"))
+    expect(item).to_have_count(1)
+    assert item.locator(".text").text_content().startswith("… " + text[:500])
+    page.set_viewport_size({"width": 375, "height": 640})
+    item.get_by_role("button", name="Show all").press("Enter")
+    assert item.locator(".text").text_content() == LONG
+    assert item.locator("mark").text_content() == text
+    expect(item.locator("mark")).to_be_in_viewport()
+    item.get_by_role("button", name="Show less").press("Enter")
+    assert item.locator(".text").text_content().startswith("… " + text[:500])
+
+
+@pytest.mark.parametrize("language", ["curl", "Python", "Cohere", "gRPC"])
+def test_the_same_call_has_the_passages(page: Page, language: str) -> None:
+    assert ("max_passages" in copied(page, language)) == (language in ("curl", "Python"))
+    page.get_by_label("Passages").fill("8")
+    assert re.search(r"max_passages\"?[=:] ?8", copied(page, language))
+
+
+def test_a_passage_that_is_short_is_not_all(page: Page) -> None:
+    result = {"index": 0, "relevance_score": 0.5, "passage": {"start": 0, "end": 5}}
+    page.route(CALL, lambda route: route.fulfill(json={"model": "a", "results": [result]}))
+    fill(page, QUERY, ["a 🍵 b <b>c</b>"])
+    rank(page)
+    assert shown(page) == ["a 🍵 b"]
+    page.get_by_role("button", name="Show all").click()
+    assert shown(page) == ["a 🍵 b <b>c</b>"]
+    expect(page.locator("mark")).to_have_text("a 🍵 b")
 
 
 def test_hostile_texts_are_only_text(page: Page) -> None:
@@ -533,7 +599,9 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_themes_can_be_read(page: Page, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
+    fill(page, QUERY, [*sample_of(page), LONG])
     rank(page)
+    expect(page.locator("mark")).to_have_count(1)
     drop(page, "a.pdf", "")
     page.get_by_text("API key", exact=True).first.click()
     contrasts = page.evaluate(CONTRASTS)

@@ -15,7 +15,12 @@ from typing import Any
 
 Pairs = Iterable[tuple[int, float]]
 QUERY = "capital of France?"
-DOCUMENTS = ["Berlin is in Germany.", "Rome is in Italy.", "Paris is in France."]
+#: The last is read in part, which answers tell in a field that these clients do not know.
+DOCUMENTS = [
+    "Berlin is in Germany.",
+    "Rome is in Italy.",
+    "Paris is in France. " + "It has a river. " * 200,
+]
 #: A query that is refused, to see what a client makes of it.
 BLANK = " "
 KEYS = ("COHERE", "CO", "JINA", "JINAAI", "NVIDIA", "VOYAGE")
@@ -48,12 +53,35 @@ def cohere_v2_base_with_version(query: str) -> Pairs:
     return cohere_v2(query, f"{URL}/v1")
 
 
+def cohere_v2_spans(query: str) -> Pairs:
+    """From SDK 7 on."""
+    import cohere
+    from cohere.types import RerankRelevantSpans
+
+    answer = cohere.ClientV2("k", base_url=URL).rerank(
+        model="m",
+        query=query,
+        documents=DOCUMENTS,
+        max_tokens_per_doc=4096,
+        relevant_spans=RerankRelevantSpans(mode="enabled", threshold=0.01, max_spans=1),
+    )
+    for each in answer.results:
+        spans = [(span.start, span.score) for span in each.relevant_spans]
+        assert spans == ([(0, each.relevance_score)] if each.relevance_score >= 0.01 else [])
+    assert 1000 < answer.results[0].relevant_spans[0].end < len(DOCUMENTS[2])
+    return results(answer)
+
+
 def cohere_v1_objects(query: str) -> Pairs:
     import cohere
 
     documents = [{"text": text} for text in DOCUMENTS]
     answer = cohere.Client("k", base_url=URL).rerank(
-        model="m", query=query, documents=documents, return_documents=True
+        model="m",
+        query=query,
+        documents=documents,
+        return_documents=True,
+        max_chunks_per_doc=10,
     )
     assert [each.document.text for each in answer.results] == [
         DOCUMENTS[each.index] for each in answer.results
@@ -209,9 +237,15 @@ OF_COHERE = {
 }
 #: By environment: those of the files beside this one.
 CALLS: dict[str, dict[str, Callable[[str], Pairs]]] = {
-    "few": {**OF_COHERE, "xinference-client": xinference, "infinity_client": infinity},
+    "few": {
+        **OF_COHERE,
+        "cohere v2, spans": cohere_v2_spans,
+        "xinference-client": xinference,
+        "infinity_client": infinity,
+    },
     "cohere-7": {
         **OF_COHERE,
+        "cohere v2, spans": cohere_v2_spans,
         "voyageai": voyageai,
         "litellm cohere": litellm("cohere"),
         "litellm jina_ai": litellm("jina_ai"),

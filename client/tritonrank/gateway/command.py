@@ -123,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="while there are as many, requests get 429",
     )
+    parser.add_argument(
+        "--max-passages",
+        type=int,
+        default=1,
+        metavar="P",
+        help="in how many passages a long document is read, at most, where a request does not say",
+    )
     parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
     tls = parser.add_argument_group("TLS of its clients", "PEM files")
     for name in ("ssl-certfile", "ssl-keyfile"):
@@ -161,7 +168,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         cache=arguments.cache,
     )
     names = getattr(arguments, "served_model_name", ())
-    app: Any = Gateway(client, limits, keys, names)
+    app: Any = Gateway(client, limits, keys, names, arguments.max_passages)
     if "cors_origin" in arguments:
         app = CORSMiddleware(
             app,

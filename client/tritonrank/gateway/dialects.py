@@ -13,13 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..protocol import Model, RankedDocument, Ranking
-from .fields import InvalidField, boolean, bounded, integer, several, string, strings, text
+from .fields import (
+    InvalidField,
+    boolean,
+    bounded,
+    integer,
+    several,
+    share,
+    string,
+    strings,
+    text,
+)
 
 Body = Mapping[str, Any]
 Documents = Sequence[RankedDocument]
 
-#: Cohere's unit of billing: a query with so many documents.
-DOCUMENTS_PER_UNIT = 100
+#: Cohere's unit of billing: a query with so many documents, a longer one counted once for each
+#: chunk of so many tokens, the query's included.
+DOCUMENTS_PER_UNIT, TOKENS_PER_CHUNK = 100, 500
+#: SiliconFlow's largest.
+MOST_OVERLAP = 80
+#: Cohere's least score of a relevant span, where a request does not say.
+SPAN_THRESHOLD = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,9 +48,12 @@ class Call:
         top_n: how many to return; None for all.
         returns_documents: whether the answer has them.
         raw: whether it has logits in place of scores.
-        whole: the field by which a text that does not fit is an error, not cut.
+        whole: the field by which a text that is not read whole is an error.
         lengths: fields that limit tokens, which nothing shorter than the model's may do.
         model: the one asked for.
+        max_passages: in how many passages each document is read, at most; None if it does not say.
+        max_document_tokens: how many tokens of each document are read, at most; None for all.
+        span_threshold: the least score of a relevant span; None where none are asked for.
     """
 
     queries: Sequence[str]
@@ -47,6 +65,9 @@ class Call:
     whole: str | None
     lengths: Mapping[str, int]
     model: str | None
+    max_passages: int | None
+    max_document_tokens: int | None
+    span_threshold: float | None
 
     def refuse_short_lengths(self, model: Model | None) -> None:
         """Where the model would read more of a text than the call allows.
@@ -65,19 +86,23 @@ class Call:
                     "query and document: leave it out",
                 )
 
-    def refuse_cuts(self, ranked: Documents) -> None:
+    def refuse_unmet(self, ranked: Documents) -> None:
         """What only the ranking tells.
 
         Raises:
-            InvalidField: the call forbids to cut texts, and one was cut, or may have been.
+            InvalidField: the call forbids to cut texts, and one was cut, or may have been; or it
+                asks for spans, and the server does not tell passages.
         """
         cut = [each.index for each in ranked if each.truncated is not False]
         if self.whole and cut:
             raise InvalidField(
                 self.whole,
-                f"forbids to cut, and document {min(cut)} with its query has more tokens than the "
-                "model reads, or the server does not tell: shorten it, or let it be cut",
+                f"forbids to cut, and document {min(cut)} with its query has more tokens than are "
+                "read, or the server does not tell: shorten it, let it be cut, or have it read in "
+                "more passages by max_passages",
             )
+        if self.span_threshold is not None and any(each.passage is None for each in ranked):
+            raise InvalidField("relevant_spans", "is not supported by the server: leave it out")
 
 
 @dataclass(frozen=True)
@@ -113,14 +138,39 @@ class Answered:
             return {}
         return {"usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens}}
 
+    @property
+    def search_units(self) -> int:
+        """As Cohere counts them."""
+        chunks = sum(-(-(each.tokens or 1) // TOKENS_PER_CHUNK) for each in self.ranked)
+        return -(-chunks // DOCUMENTS_PER_UNIT)
+
     def score(self, each: RankedDocument) -> float:
-        """From 0 to 1, which clients' thresholds go by; or the logit, where it is asked for."""
-        if self.call.raw:
-            return each.logit
+        """From 0 to 1, or the logit, where it is asked for."""
+        return each.logit if self.call.raw else self.share(each)
+
+    def share(self, each: RankedDocument) -> float:
+        """From 0 to 1, which clients' thresholds go by."""
         model = self.ranked.model
         if model and model.activation == "Identity":  # Its scores are logits.
             return 1 / (1 + math.exp(-each.logit)) if each.logit > -700 else 0.0
         return each.score
+
+    def place(self, each: RankedDocument) -> dict[str, Any]:
+        """The passage that gave the score: where it is not all of the text, and as Cohere's span.
+
+        In code points of the text that was read.
+        """
+        told: dict[str, Any] = {}
+        if each.passage is None:
+            return told
+        passage = dict(zip(("start", "end"), each.passage))
+        if each.passage != (0, len(each.document)):
+            told["passage"] = passage
+        threshold = self.call.span_threshold
+        if threshold is not None:
+            score = self.share(each)
+            told["relevant_spans"] = [{**passage, "score": score}] if score >= threshold else []
+        return told
 
     def document(self, each: RankedDocument) -> dict[str, Any]:
         """An object with the text, whatever was sent."""
@@ -197,25 +247,53 @@ ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 
 def _call(body: Body, **others: Any) -> Call:
     """With the fields that mean the same in all dialects."""
-    top_n = integer(body, "top_n", 0)
-    if top_n is None:
-        top_n = integer(body, "top_k", 0)
+    overlap = integer(body, "overlap_tokens", 0)
+    if overlap and overlap > MOST_OVERLAP:
+        raise InvalidField(
+            "overlap_tokens",
+            f"is {overlap}, and the server chooses what passages have in common: leave it out",
+        )
     lengths = {name: integer(body, name, least) for name, least in LENGTHS.items()}
     return Call(
-        top_n=top_n or None,  # 0 is all, as vLLM has it.
+        top_n=_either(body, "top_n", "top_k"),
         raw=boolean(body, "raw_scores", False) or not boolean(body, "use_activation", True),
         whole=_whole(body),
         # 0 and -1 are no limit.
         lengths={name: value for name, value in lengths.items() if value and value > 0},
         model=string(body, "model"),
+        max_passages=_either(body, *MAX_PASSAGES),
+        max_document_tokens=_either(body, *MAX_DOCUMENT_TOKENS),
+        span_threshold=_span_threshold(body),
         **others,
     )
 
 
-#: Fields that limit tokens, and their least value.
+def _either(body: Body, *names: str) -> int | None:
+    """The first of several names that is given; 0 is not, as vLLM has it."""
+    return next(filter(None, [integer(body, name, 0) for name in names]), None)
+
+
+def _span_threshold(body: Body) -> float | None:
+    """Of Cohere's ``relevant_spans``, if they are enabled. There is one at most, its passage."""
+    spans = body.get("relevant_spans")
+    if not spans:
+        return None
+    if not isinstance(spans, dict):
+        raise InvalidField("relevant_spans", "is no object: send one with mode, or leave it out")
+    if spans.get("mode") not in ("enabled", "disabled"):
+        raise InvalidField("relevant_spans.mode", "is neither enabled nor disabled: send one")
+    named = {f"relevant_spans.{name}": value for name, value in spans.items()}
+    integer(named, "relevant_spans.max_spans", 1)
+    threshold = share(named, "relevant_spans.threshold", SPAN_THRESHOLD)
+    return threshold if spans["mode"] == "enabled" else None
+
+
+#: Names of Cohere, SiliconFlow, and our own.
+MAX_PASSAGES = ("max_chunks_per_doc", "max_passages")
+#: Names of Cohere and vLLM, and of Jina.
+MAX_DOCUMENT_TOKENS = ("max_tokens_per_doc", "max_doc_length")
+#: Other fields that limit tokens, and their least value.
 LENGTHS = {
-    "max_tokens_per_doc": 0,
-    "max_doc_length": 0,
     "max_length": 0,
     "max_tokens_per_query": 0,
     "truncate_prompt_tokens": -1,
@@ -239,9 +317,6 @@ def _refuse_unsupported(body: Body) -> None:
             raise InvalidField(name, "is not supported, and would change the answer: leave it out")
     if boolean(body, "return_embeddings", False):
         raise InvalidField("return_embeddings", "is not supported: leave it out")
-    spans = body.get("relevant_spans")
-    if spans and not (isinstance(spans, dict) and spans.get("mode") == "disabled"):
-        raise InvalidField("relevant_spans", "is not supported: leave it out")
 
 
 def _whole(body: Body) -> str | None:
@@ -284,17 +359,16 @@ def _results(answered: Answered, document: Callable[[RankedDocument], object]) -
         result = {"index": each.index, "relevance_score": answered.score(each)}
         if answered.call.returns_documents:
             result["document"] = document(each)
-        results.append(result)
+        results.append(result | answered.place(each))
     # No "object", which infinity's client would refuse.
     return {"id": answered.id, "model": answered.name, "results": results, **answered.usage}
 
 
 def _superset(answered: Answered) -> object:
-    units = -(-len(answered.ranked) // DOCUMENTS_PER_UNIT)
     tokens = {} if answered.tokens is None else {"input_tokens": answered.tokens}
     meta = {
         "api_version": {"version": "2"},
-        "billed_units": {"search_units": units},
+        "billed_units": {"search_units": answered.search_units},
         "tokens": {**tokens, "output_tokens": 0},
     }
     return _results(answered, answered.document) | {"meta": meta}

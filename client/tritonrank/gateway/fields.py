@@ -54,6 +54,16 @@ def integer(body: Mapping[str, Any], name: str, least: int) -> int | None:
     return value
 
 
+def share(body: Mapping[str, Any], name: str, default: float) -> float:
+    """A number from 0 to 1; null is the default."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InvalidField(name, f"is {_shown(value)}: send a number from 0 to 1")
+    return value
+
+
 def string(body: Mapping[str, Any], name: str) -> str | None:
     value = body.get(name)
     if value is not None and not isinstance(value, str):

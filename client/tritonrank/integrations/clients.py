@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from .. import TLS, AsyncRerankClient, RerankClient
+from .. import TLS, AsyncRerankClient, RankedDocument, RerankClient
+
+
+def about(document: RankedDocument) -> dict[str, Any]:
+    """What its metadata are told of what was read: ``relevant_passage``, where it is not all."""
+    if document.passage in (None, (0, len(document.document))):
+        return {}
+    return {"relevant_passage": dict(zip(("start", "end"), document.passage))}
 
 
 class Clients:

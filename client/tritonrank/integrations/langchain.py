@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from .. import TLS, AsyncRerankClient, RankedDocument, RerankClient
-from .clients import Clients
+from .clients import Clients, about
 
 try:
     from langchain_core.callbacks import Callbacks
@@ -20,6 +20,9 @@ except ImportError as error:
 class TritonRerank(BaseDocumentCompressor):
     """Ranks documents by their ``page_content``, with ``relevance_score`` in their metadata.
 
+    Where a passage of a document gave its score, that is there as ``relevant_passage``: ``start``
+    and ``end``, in characters.
+
     Args:
         url: ``HOST:PORT``, or several; see ``RerankClient``, as for ``timeout`` and ``tls``.
         timeout: seconds that a call may take, retries included.
@@ -27,6 +30,8 @@ class TritonRerank(BaseDocumentCompressor):
         client: in place of these, a client of either kind, which the caller closes. For the other
             kind of call one is made like it.
         top_n: how many documents to return, 1 or more; None, all.
+        max_passages: in how many passages a long document is read, 1 or more, of which the best
+            counts; default, 1.
 
     Raises:
         TypeError, ValueError, OSError: an argument that cannot be meant; see ``RerankClient``.
@@ -36,6 +41,7 @@ class TritonRerank(BaseDocumentCompressor):
     timeout: float | None = Field(default=None, frozen=True)
     tls: dict[str, str] | None = Field(default=None, frozen=True)
     top_n: int | None = Field(default=3, ge=1)
+    max_passages: int | None = Field(default=None, ge=1)
     _clients: Clients = PrivateAttr()
 
     def __init__(
@@ -46,9 +52,10 @@ class TritonRerank(BaseDocumentCompressor):
         tls: TLS | Mapping[str, str] | None = None,
         client: RerankClient | AsyncRerankClient | None = None,
         top_n: int | None = 3,
+        max_passages: int | None = None,
     ) -> None:
         clients = Clients(url, timeout, tls, client)
-        super().__init__(**clients.settings | {"top_n": top_n})
+        super().__init__(**clients.settings | {"top_n": top_n, "max_passages": max_passages})
         _ = clients.asynchronous  # Checks the arguments now.
         self._clients = clients
 
@@ -63,7 +70,10 @@ class TritonRerank(BaseDocumentCompressor):
         if not documents:
             return []
         texts = [document.page_content for document in documents]
-        return _scored(documents, self._clients.synchronous.rank(query, texts, self.top_n))
+        ranking = self._clients.synchronous.rank(
+            query, texts, self.top_n, max_passages=self.max_passages
+        )
+        return _scored(documents, ranking)
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -72,13 +82,16 @@ class TritonRerank(BaseDocumentCompressor):
         if not documents:
             return []
         texts = [document.page_content for document in documents]
-        return _scored(documents, await self._clients.asynchronous.rank(query, texts, self.top_n))
+        ranking = await self._clients.asynchronous.rank(
+            query, texts, self.top_n, max_passages=self.max_passages
+        )
+        return _scored(documents, ranking)
 
 
 def _scored(documents: Sequence[Document], ranking: Iterable[RankedDocument]) -> list[Document]:
     copies = []
     for each in ranking:
         copy = documents[each.index].model_copy(deep=True)
-        copy.metadata["relevance_score"] = each.score
+        copy.metadata |= {"relevance_score": each.score, **about(each)}
         copies.append(copy)
     return copies

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import TLS, AsyncRerankClient, RankedDocument, RerankClient
-from .clients import Clients
+from .clients import Clients, about
 
 try:
     from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -15,7 +15,7 @@ try:
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 except ImportError as error:
     raise ImportError(
         "LlamaIndex is missing, or too old: in a checkout, pip install '.[llama-index]'"
@@ -30,6 +30,9 @@ dispatcher = get_dispatcher(__name__)
 class TritonRerank(BaseNodePostprocessor):
     """Ranks nodes by their text and the metadata that is for embedding.
 
+    Where a passage of that gave a node's score, the node is a copy, with ``relevant_passage`` in
+    its metadata: ``start`` and ``end``, in characters of what was ranked. No model is shown it.
+
     Args:
         url: ``HOST:PORT``, or several; see ``RerankClient``, as for ``timeout`` and ``tls``.
         timeout: seconds that a call may take, retries included.
@@ -37,6 +40,8 @@ class TritonRerank(BaseNodePostprocessor):
         client: in place of these, a client of either kind, which the caller closes. For the other
             kind of call one is made like it.
         top_n: how many nodes to return, 1 or more.
+        max_passages: in how many passages a long text is read, 1 or more, of which the best counts;
+            default, 1.
         callback_manager: who is told of each ranking.
 
     Raises:
@@ -47,6 +52,7 @@ class TritonRerank(BaseNodePostprocessor):
     timeout: float | None = Field(default=None, frozen=True)
     tls: dict[str, str] | None = Field(default=None, frozen=True)
     top_n: int = Field(default=2, ge=1)
+    max_passages: int | None = Field(default=None, ge=1)
     _clients: Clients = PrivateAttr()
 
     def __init__(
@@ -57,10 +63,15 @@ class TritonRerank(BaseNodePostprocessor):
         tls: TLS | Mapping[str, str] | None = None,
         client: RerankClient | AsyncRerankClient | None = None,
         top_n: int = 2,
+        max_passages: int | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         clients = Clients(url, timeout, tls, client)
-        fields = {"top_n": top_n, "callback_manager": callback_manager or CallbackManager()}
+        fields = {
+            "top_n": top_n,
+            "max_passages": max_passages,
+            "callback_manager": callback_manager or CallbackManager(),
+        }
         super().__init__(**clients.settings | fields)
         _ = clients.asynchronous  # Checks the arguments now.
         self._clients = clients
@@ -77,8 +88,10 @@ class TritonRerank(BaseNodePostprocessor):
         if not nodes:
             return []
         with self._reranking(nodes, query) as reranked:
-            client = self._clients.synchronous
-            reranked += _scored(nodes, client.rank(query.query_str, _texts(nodes), self.top_n))
+            ranking = self._clients.synchronous.rank(
+                query.query_str, _texts(nodes), self.top_n, max_passages=self.max_passages
+            )
+            reranked += _scored(nodes, ranking)
         return reranked
 
     async def _apostprocess_nodes(
@@ -88,8 +101,9 @@ class TritonRerank(BaseNodePostprocessor):
         if not nodes:
             return []
         with self._reranking(nodes, query) as reranked:
-            client = self._clients.asynchronous
-            ranking = await client.rank(query.query_str, _texts(nodes), self.top_n)
+            ranking = await self._clients.asynchronous.rank(
+                query.query_str, _texts(nodes), self.top_n, max_passages=self.max_passages
+            )
             reranked += _scored(nodes, ranking)
         return reranked
 
@@ -127,4 +141,18 @@ def _texts(nodes: Iterable[NodeWithScore]) -> list[str]:
 def _scored(
     nodes: Sequence[NodeWithScore], ranking: Iterable[RankedDocument]
 ) -> list[NodeWithScore]:
-    return [NodeWithScore(node=nodes[each.index].node, score=each.score) for each in ranking]
+    return [
+        NodeWithScore(node=_told(nodes[each.index].node, about(each)), score=each.score)
+        for each in ranking
+    ]
+
+
+def _told(node: BaseNode, metadata: dict[str, Any]) -> BaseNode:
+    """The node, or a copy with metadata that neither a language model nor an embedding is given."""
+    if not metadata:
+        return node
+    copy = node.model_copy(deep=True)
+    copy.metadata |= metadata
+    copy.excluded_llm_metadata_keys += metadata
+    copy.excluded_embed_metadata_keys += metadata
+    return copy
