@@ -17,7 +17,7 @@ from conftest import GatewayProcess
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tritonrank import RankedDocument, RerankClient
-from tritonrank.gateway import dialects, fields, passages
+from tritonrank.gateway import dialects, fields
 from tritonrank.gateway.dialects import Answered, Call, Dialect
 from tritonrank.gateway.fields import InvalidField
 from tritonrank.protocol import Model, Ranking
@@ -351,32 +351,3 @@ def test_search_units_are_coheres(client: httpx.Client, triton: RerankClient) ->
     chunks = -(-read.tokens // 500)
     assert units([LONG] + ["tea"] * (100 - chunks), max_passages=100) == 1
     assert units([LONG] + ["tea"] * (101 - chunks), max_passages=100) == 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer(int8_repository: Path) -> PairTokenizer:
-    return PairTokenizer.of(int8_repository / "cross_encoder" / "current", 1024)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.sampled_from(["!", "a ", ". ", "tea\n", "飲", "한", "🍵", "\u0301", "word", FILLER]),
-    texts,
-    st.integers(0, 3000),
-    st.sampled_from(["a", "tea " * 400]),
-)
-def test_no_document_has_more_passages_than_are_asked_for(
-    tokenizer: PairTokenizer, part: str, rest: str, count: int, query: str
-) -> None:
-    document = ((part * count)[:3000] + rest).encode()
-    pairs = tokenizer.read(query.encode(), [document], Extent(1024))
-    [tokens] = tokenizer.encode([pairs])
-    most = passages.most(len(document), 1024, tokenizer.max_length)
-    assert len(tokens.lengths) <= most
-    assert passages.most(len(document), 3, tokenizer.max_length) == min(most, 3)
-    assert 1 <= passages.expected(len(document), 1024, tokenizer.max_length) <= most
-
-
-def test_short_documents_are_asked_for_as_ever() -> None:
-    assert passages.most(100, 1024, 512) == passages.expected(100, 1024, 512) == 1
-    assert passages.most(len(ANSWER) * 9, 1024, 512) <= 4

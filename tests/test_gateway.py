@@ -356,7 +356,7 @@ class Known(Scripted):
 
 
 def test_a_document_counts_for_its_passages(tmp_path: Path) -> None:
-    service, each = Known(), len(LONG) // 1024 + 1
+    service, each = Known(), len(LONG.encode()) // BYTES_PER_PASSAGE + 1
     options = [f"--max-documents={10 * each}", f"--max-documents-under-way={10 * each + 50}"]
     many = {"query": "tea", "documents": [LONG] * 10, "max_chunks_per_doc": 100_000}
     few = {**many, "documents": ["a cup of tea"] * 50}
@@ -374,7 +374,7 @@ def test_a_document_counts_for_its_passages(tmp_path: Path) -> None:
         more = {**many, "documents": [*many["documents"], "tea"]}
         refused = httpx.post(rerank, json=more)
         assert refused.status_code == 422
-        assert f"in passages are {10 * each + 1} or more" in refused.json()["message"]
+        assert f"of up to {10 * each + 1} passages" in refused.json()["message"]
         pool.submit(httpx.post, rerank, json=many, timeout=60)
         under_way(10 * each)
         assert httpx.post(rerank, json={**many, "documents": [LONG] * 9}).status_code == 429
@@ -386,7 +386,7 @@ def test_a_document_counts_for_its_passages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("documents", "bulk"), [(1024, False), (1025, True)])
 def test_many_passages_go_after_all_others(documents: int, bulk: bool, tmp_path: Path) -> None:
-    long = "tea " * 2048  # Eight passages by their size.
+    long = "tea " * (7 * BYTES_PER_PASSAGE // 4)  # Eight passages by its size.
     body = {"query": "tea", "documents": [long] * (documents // 8) + ["tea"] * (documents % 8)}
     service = Known(grpc.StatusCode.INTERNAL)
     with serving(service) as url, gateway_at(url, tmp_path / "log") as gateway:

@@ -132,8 +132,9 @@ class RerankClient:
     ) -> Ranking:
         try:
             limit = self._passage_limit(deadline)
-            options = replace(options, bulk=options.bulk or len(documents) > limit)
-            parts = protocol.parts(documents, options, limit)
+            sizes = protocol.passages(documents, options.max_passages, limit)
+            options = replace(options, bulk=options.bulk or sum(sizes) > limit)
+            parts = protocol.parts(documents, sizes, options.bulk, limit)
             calls: list[Any] = []
             try:
                 for _, texts in parts:

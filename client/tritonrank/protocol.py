@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate, pairwise, repeat
+from itertools import pairwise, repeat
 
 import numpy as np
 from tritonclient.grpc import service_pb2
@@ -98,6 +98,10 @@ COLUMNS = (
 #: The index that it starts at, and its documents.
 Part = tuple[int, Sequence[str]]
 
+#: A document counts for a passage for each so many bytes that are begun, and one, so that its count
+#: is known before it is tokenized; as the server has it.
+BYTES_PER_PASSAGE = 256
+
 
 @dataclass(frozen=True)
 class Options:
@@ -116,22 +120,34 @@ class Options:
     request_id: str = ""
 
 
-def parts(documents: Sequence[str], options: Options, limit: int) -> list[Part]:
-    """The parts of a call, of even size: within the server's limit, for a bulk call small ones.
+def passages(documents: Sequence[str], max_passages: int | None, limit: int) -> list[int]:
+    """The most passages of each document, by its size."""
+    most = min(max(1, max_passages or 1), limit)
+    if most == 1:
+        return [1] * len(documents)
+    return [min(most, 1 + len(text.encode()) // BYTES_PER_PASSAGE) for text in documents]
+
+
+def parts(documents: Sequence[str], sizes: Sequence[int], bulk: bool, limit: int) -> list[Part]:
+    """The parts of a call, about even: within the server's limit, for a bulk call small ones.
 
     No document gives one empty part: it is for the server to refuse it.
 
     Args:
         documents: all.
-        options: of the call.
+        sizes: the passages of each.
+        bulk: whether parts are to be small.
         limit: the most passages of a request.
     """
-    most = min(limit, BULK_PASSAGES) if options.bulk else limit
-    most = max(1, most // max(1, options.max_passages or 1))
-    count = max(1, -(-len(documents) // most))
-    size, longer = divmod(len(documents), count)
-    ends = accumulate([size + (i < longer) for i in range(count)], initial=0)
-    return [(start, documents[start:end]) for start, end in pairwise(ends)]
+    most, total = min(limit, BULK_PASSAGES) if bulk else limit, sum(sizes)
+    even = -(-total // max(1, -(-total // most)))
+    starts, filled = [0], 0
+    for i, size in enumerate(sizes):
+        if filled and filled + size > even:
+            starts.append(i)
+            filled = 0
+        filled += size
+    return [(start, documents[start:end]) for start, end in pairwise([*starts, len(documents)])]
 
 
 def request(

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import cycle
 from typing import Any
 
 import grpc
@@ -28,8 +27,8 @@ from ..errors import (
     RerankTimeoutError,
     ServerUnavailableError,
 )
-from ..protocol import Model, Ranking, merge
-from . import dialects, passages, static
+from ..protocol import Model, Ranking, merge, passages
+from . import dialects, static
 from .dialects import Answered, Call, Dialect
 from .fields import InvalidField
 from .keys import Keys
@@ -43,8 +42,6 @@ MOST_CONTAINERS = 1_000_000
 QUICK_BYTES = 64 * 1024
 #: Of one request with a query a document, so many queries are asked for at a time.
 QUERIES_AT_A_TIME = 32
-#: A request of more passages goes after all others, as the client has it for so many documents.
-MOST_AT_ONCE = 1024
 #: Seconds for which the server is taken to be as ready as it was.
 READINESS_HOLDS = 0.5
 #: Of what Triton says beside that it is busy: the time was over as a stage had the request; and a
@@ -66,7 +63,7 @@ TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gateway takes. A document counts for as many as it is expected to have passages.
+    """What the gateway takes. A document counts once for each passage that it may have.
 
     Attributes:
         body_bytes: of a request.
@@ -84,19 +81,6 @@ class Limits:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"the limit of {name} is {value}: pass a number above 0")
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a call asks of the servers.
-
-    Attributes:
-        passages: of each document, the most.
-        documents: how many they count for.
-    """
-
-    passages: Sequence[int]
-    documents: int
 
 
 class _Refused(Exception):
@@ -224,42 +208,32 @@ class Gateway:
             seen.documents = len(call.documents)
             name = self._name(call)
             call.refuse_short_lengths(self._model)
-            work = await self._work(call)
-            if work.documents > self._limits.documents:
+            count = sum(passages(call.documents, self._most(call), self._limits.documents))
+            if count > self._limits.documents:
                 raise InvalidField(
                     dialect.documents,
-                    f"has {len(call.documents)}, which in passages are {work.documents} or more, "
-                    f"and a request may have {self._limits.documents}: split it, or let documents "
-                    "have fewer passages",
+                    f"has {len(call.documents)} of up to {count} passages, and a request may have "
+                    f"{self._limits.documents}: split it, or let documents have fewer passages",
                 )
-            answered = await self._ranked(request, seen, call, work, name)
+            answered = await self._ranked(request, seen, call, count, name)
         except InvalidField as error:
             raise _Refused(dialect.invalid, str(error), error.field) from error
         seen.tokens = answered.tokens
         return _json(dialect.answer(answered))
 
-    async def _work(self, call: Call) -> _Work:
-        asked = call.max_passages or self._max_passages
-        if asked == 1:
-            return _Work([1] * len(call.documents), len(call.documents))
-        model = await self._served()
-        positions = model.max_length if model else 1  # Such a server refuses passages.
-        sizes = [len(text.encode()) for text in call.documents]
-        return _Work(
-            [passages.most(size, asked, positions) for size in sizes],
-            sum(passages.expected(size, asked, positions) for size in sizes),
-        )
+    def _most(self, call: Call) -> int:
+        return call.max_passages or self._max_passages
 
     async def _ranked(
-        self, request: Request, seen: Seen, call: Call, work: _Work, name: str | None
+        self, request: Request, seen: Seen, call: Call, count: int, name: str | None
     ) -> Answered:
         """Ranks a call; one whose client hangs up is cancelled, in Triton too."""
         # Others may have come since it was asked; alone, a request may have more.
         most = self._limits.documents_under_way
-        if self._documents and self._documents + work.documents > most:
+        if self._documents and self._documents + count > most:
             raise _busy(f"{self._documents} documents are under way")
-        self._documents += work.documents
-        ranking = asyncio.ensure_future(self._rank(call, work, request, seen.id))
+        self._documents += count
+        ranking = asyncio.ensure_future(self._rank(call, request, seen.id))
         gone = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait((ranking, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -277,7 +251,7 @@ class Gateway:
         except RerankError as error:
             raise _Refused(STATUSES.get(error.code, 500), str(error)) from error
         finally:
-            self._documents -= work.documents
+            self._documents -= count
             ranking.cancel()
             gone.cancel()
         self._model = ranked.model or self._model
@@ -285,40 +259,38 @@ class Gateway:
         call.refuse_unmet(ranked)
         return Answered(call, ranked, name or self._called(ranked.model), seen.id)
 
-    async def _rank(self, call: Call, work: _Work, request: Request, id: str) -> Ranking:
+    async def _rank(self, call: Call, request: Request, id: str) -> Ranking:
         """All documents, best first; indices are those of the call."""
         trace = request.headers.get("traceparent", "")
         metadata = [("traceparent", trace)] if TRACE.fullmatch(trace) else []
         deadline = time.monotonic() + self._limits.seconds
-        bulk = work.documents > MOST_AT_ONCE
+        most = self._most(call)
 
-        async def rank(query: str, most: int, documents: Sequence[str]) -> Ranking:
+        async def rank(query: str, documents: Sequence[str]) -> Ranking:
             return await self._client.rank(
                 query,
                 documents,
                 timeout=deadline - time.monotonic(),
-                bulk=bulk,
                 request_id=id,
                 metadata=metadata,
                 max_passages=most if most > 1 else None,  # A server before 0.5 takes no other.
                 max_document_tokens=call.max_document_tokens,
             )
 
-        places: dict[tuple[str, int], list[int]] = {}
-        for i, asked in enumerate(zip(cycle(call.queries), work.passages)):
-            places.setdefault(asked, []).append(i)
-        if len(places) == 1:
-            [asked] = places
-            return await rank(*asked, call.documents)
+        if len(call.queries) == 1:
+            return await rank(call.queries[0], call.documents)
+        places: dict[str, list[int]] = {}
+        for i, query in enumerate(call.queries):
+            places.setdefault(query, []).append(i)
         few = asyncio.Semaphore(QUERIES_AT_A_TIME)
 
-        async def one(query: str, most: int, indices: list[int]) -> Ranking:
+        async def one(query: str, indices: list[int]) -> Ranking:
             async with few:
-                ranking = await rank(query, most, [call.documents[i] for i in indices])
+                ranking = await rank(query, [call.documents[i] for i in indices])
             placed = (replace(each, index=indices[each.index]) for each in ranking)
             return Ranking(placed, ranking.model)
 
-        tasks = [asyncio.ensure_future(one(*asked, those)) for asked, those in places.items()]
+        tasks = [asyncio.ensure_future(one(*each)) for each in places.items()]
         try:
             return merge(await asyncio.gather(*tasks), None)
         finally:
