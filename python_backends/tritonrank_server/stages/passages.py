@@ -21,10 +21,11 @@ OVERLAP = 0.125
 #: the next one's first.
 NEAR = 0.125
 
-#: Where a sentence ends: before white space, or at the full stops of Chinese and Japanese.
-SENTENCE = re.compile(r"[.!?…][\"'”’»)\]]*(?=\s)|[。！？｡][」』”’）]*|(?=\n)")
+#: Where a sentence ends: before white space, or at the full stops of Chinese and Japanese. With the
+#: white space, so that a run of it is one match, however long.
+SENTENCE = re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？｡][」』”’）]*\s*|\n\s*")
 #: Where a word does, or a clause in a script without spaces.
-WORD = re.compile(r"(?<=\S)(?=\s)|[、，；：]")
+WORD = re.compile(r"(?<=\S)\s+|[、，；：]")
 
 
 def windows(
@@ -58,17 +59,27 @@ def windows(
     return [*found, (first, min(first + room, len(offsets)))]
 
 
+def end_of(text: str, offsets: Sequence[tuple[int, int]], last: int) -> int:
+    """One past the last character before a token.
+
+    What belongs to no token, as accents where they are taken off, is the one's before it; white
+    space is not.
+    """
+    start, end = offsets[last - 1]
+    return max(end, start + len(text[start : offsets[last][0]].rstrip()))
+
+
 def _place(
     text: str, starts: list[int], offsets: Sequence[tuple[int, int]], low: int, high: int
 ) -> int:
     """The best token from ``low`` to ``high`` to begin with."""
-    for end in (SENTENCE, WORD):
-        places = [each.end() for each in end.finditer(text, starts[low - 1], starts[high] + 1)]
+    for ends in (SENTENCE, WORD):
+        found = ends.finditer(text, starts[low - 1], starts[high] + 1)
+        places = [each.start() + len(each[0].rstrip()) for each in found]
         for place in reversed(places):
-            token = bisect_left(starts, place, low, high)
-            if max(place, offsets[token - 1][1]) <= starts[token]:
+            token = bisect_left(starts, place, low - 1, high)
+            if token >= low and max(place, offsets[token - 1][1]) <= starts[token]:
                 return token
     # Of a character that is several tokens, none is left behind.
-    while high > low and offsets[high - 1][1] > starts[high]:
-        high -= 1
-    return high
+    whole = (each for each in range(high, low - 1, -1) if offsets[each - 1][1] <= starts[each])
+    return next(whole, high)

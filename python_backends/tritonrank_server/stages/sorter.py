@@ -64,8 +64,11 @@ def rank(
     logits, scores = relevance.logits, relevance.scores
     documents = np.arange(len(logits)) if passages is None else passages["document"]
     steps = np.diff(documents, prepend=-1)
-    if len(documents) != len(logits) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
-        raise InvalidInput("passages are not those of the logits: send the request to reranker")
+    alike = len(documents) == len(logits) == len(scores)
+    if not alike or steps[:1].tolist() != [1] or not np.isin(steps, (0, 1)).all():
+        raise InvalidInput(
+            "passages and scores are not those of the logits: send the request to reranker"
+        )
     finite = np.isfinite(logits)
     if not finite.all():
         raise InvalidOutput(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidInput
 from . import card
-from .passages import PASSAGE, windows
+from .passages import PASSAGE, end_of, windows
 
 Int32 = npt.NDArray[np.int32]
 #: A passage's tokens, its first and one-past-last character, whether its document is cut.
@@ -36,6 +36,12 @@ CHARACTERS_PER_POSITION = 64
 #: Of a text of more, it is expected to be cut, and so its tokens' characters are asked for at once,
 #: which takes an eighth longer.
 LONG_CHARACTERS_PER_POSITION = 2
+#: Of a text of more, only its first so many are encoded, and twice as many as long as they do not
+#: fill its passages: an encoding takes up to 700 bytes for a character.
+PORTION = 2**18
+#: The tokens that are kept beyond those that fit: one, so that what is too long shows; the others
+#: since the last ones of a portion may be others than the whole text's.
+MARGIN = 128
 
 #: Unicode's categories of what shows nothing: controls, formats and separators,
 INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -213,8 +219,8 @@ class PairTokenizer:
         return Extent(passages, extent.tokens)
 
     def _enable_truncation(self, passages: int = 1) -> None:
-        """Of one token more than is read, so that what is too long shows."""
-        self._tokenizer.enable_truncation(self.max_length * passages + 1)
+        self._most_tokens = self.max_length * passages + MARGIN
+        self._tokenizer.enable_truncation(self._most_tokens)
 
     def _encode_query(self, query: str) -> tuple[Int32, bool]:
         """With what stands around it; and whether it was cut."""
@@ -284,14 +290,13 @@ class PairTokenizer:
             offsets = encoding.offsets
             places = windows(text, offsets[: extent.tokens], room, extent.passages)
             is_cut = cut or places[-1][1] < len(ids)
+            starts = [0, *(offsets[first][0] for first, _ in places[1:])]
+            ends = [
+                end_of(text, offsets, last) if last < len(ids) else len(text) for _, last in places
+            ]
             yield [
-                (
-                    ids[first:last],
-                    max(0, offsets[first][0] - leading) if first else 0,
-                    (offsets[last - 1][1] if last < len(ids) else len(text)) - leading,
-                    is_cut,
-                )
-                for first, last in places
+                (ids[first:last], max(0, start - leading), max(0, end - leading), is_cut)
+                for (first, last), start, end in zip(places, starts, ends)
             ]
 
     def _encodings(self, texts: list[str], most: int) -> list[Any]:
@@ -304,10 +309,15 @@ class PairTokenizer:
         ):
             encodings[i] = each
         long = [i for i, each in enumerate(encodings) if each is None or len(each) > most]
-        for i, each in zip(
-            long, tokenizer.encode_batch([texts[i] for i in long], add_special_tokens=False)
-        ):
-            encodings[i] = each
+        portion = PORTION
+        while long:
+            portions = [texts[i][:portion] for i in long]
+            for i, each in zip(long, tokenizer.encode_batch(portions, add_special_tokens=False)):
+                encodings[i] = each
+            long = [
+                i for i in long if len(texts[i]) > portion and len(encodings[i]) < self._most_tokens
+            ]
+            portion *= 2
         return encodings
 
 
