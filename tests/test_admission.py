@@ -48,7 +48,7 @@ def paced(ledger: Ledger, clock: Clock, seconds: float = 1.0) -> None:
 
 
 def test_size_counts_what_is_read_and_what_is_held() -> None:
-    size = Size.of(b"tea", [b"x" * 100, b"", b"y" * 5000], positions=512)
+    size = Size.of(b"tea", [b"x" * 100, b"", b"y" * 5000], 512, [1, 1, 1])
     assert size == Size(work=4096 + 103 + 3 + 2048, documents=3, memory=3 + 5100)
 
 
@@ -100,11 +100,11 @@ def test_a_refused_request_leaves_no_trace(ledger: Ledger, clock: Clock) -> None
 def test_a_short_first_request_does_not_set_the_pace_of_long_ones(
     ledger: Ledger, clock: Clock
 ) -> None:
-    ticket = ledger.take(Size.of(b"a", [b""], 512))
+    ticket = ledger.take(Size.of(b"a", [b""], 512, [1]))
     clock.now += 0.01
     ledger.strike_out(ticket)
     for _ in range(4):
-        ledger.take(Size.of(b"tea", [b"x" * 400] * 100, 512), timeout=1)
+        ledger.take(Size.of(b"tea", [b"x" * 400] * 100, 512, [1] * 100), timeout=1)
 
 
 def test_a_large_request_is_not_judged_by_the_pace_of_small_ones(

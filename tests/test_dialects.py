@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +21,6 @@ from tritonrank.gateway.dialects import Answered, Call, Dialect
 from tritonrank.gateway.fields import InvalidField
 from tritonrank.protocol import Model, Ranking
 from tritonrank_server.serving.serve import EmbeddedServer
-from tritonrank_server.stages.tokenizer import Extent, PairTokenizer
 
 MODEL = Model("a", "int8", 512, "Sigmoid", "0")
 EVERY = [*dialects.PREFIXES.values(), dialects.SCORE, dialects.DEEPINFRA]

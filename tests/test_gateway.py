@@ -21,6 +21,7 @@ import trustme
 from conftest import GatewayProcess, gateway_at, gateway_of, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank import RerankClient
+from tritonrank.protocol import BYTES_PER_PASSAGE
 from tritonrank_server.serving.serve import EmbeddedServer
 
 CALL = {"query": "tea", "documents": ["a car", "green tea", "차 한 잔"]}

@@ -37,6 +37,7 @@ from tritonrank_server.stages.passages import (
     OVERLAP,
     PASSAGE,
     SENTENCE,
+    SHORTEST,
     WORD,
     end_of,
     windows,
@@ -44,6 +45,7 @@ from tritonrank_server.stages.passages import (
 from tritonrank_server.stages.pipeline import Pipeline
 from tritonrank_server.stages.sorter import rank
 from tritonrank_server.stages.tokenizer import (
+    BYTES_PER_PASSAGE,
     CHARACTERS_PER_POSITION,
     NO_PROMPT,
     Extent,
@@ -227,14 +229,14 @@ KINDS = pytest.mark.parametrize("name", ["default", "XLM-R", "Qwen", *TRAINED])
 def check(kind: Kind, text: str, passages: int, tokens: int | None = None) -> Tokens:
     """All that is true of any text; gives what was read."""
     read = kind.read(text, passages, tokens)
+    passages = min(passages, 1 + len(text.encode()) // BYTES_PER_PASSAGE)
     part = text[: CHARACTERS_PER_POSITION * MOST * passages]
     ids, offsets = kind.whole(part)
     room, leading = kind.room, len(kind.prompt.leading)
-    places = windows(kind.prompt.leading + part, offsets[:tokens], room, passages)
-    if not ids:
-        places = [(0, 0)]
+    least = max(int(SHORTEST * room), int(read.query_lengths[0]))
+    places = windows(kind.prompt.leading + part, offsets[:tokens], room, passages, least)
     assert kind.bodies(read) == [ids[first:last] for first, last in places]
-    check_places(places, offsets[:tokens], room, passages)
+    check_places(places, offsets[:tokens], room, passages, least)
     table = read.passages
     assert table["document"].tolist() == [0] * len(places)
     assert table["tokens"].tolist() == read.lengths.tolist()
@@ -254,20 +256,24 @@ def check(kind: Kind, text: str, passages: int, tokens: int | None = None) -> To
 
 
 def check_places(
-    places: list[tuple[int, int]], offsets: Sequence[tuple[int, int]], room: int, most: int
+    places: list[tuple[int, int]],
+    offsets: Sequence[tuple[int, int]],
+    room: int,
+    most: int,
+    least: int,
 ) -> None:
     assert places[0][0] == 0
     assert 1 <= len(places) <= most
     assert len(places) == most or places[-1][1] == len(offsets)
     assert all(last - first <= room for first, last in places)
-    shared, slack = int(OVERLAP * room), int(NEAR * room)
+    shared, slack = (int(share * min(least, room)) for share in (OVERLAP, NEAR))
     for (before, end), (first, last) in pairwise(places):
         assert before < first <= end - shared
         assert last > end or last == len(offsets)
-        for place, high in ((end, before + room), (first, end - shared)):
-            assert high - slack <= place <= high
+        assert end - before >= min(least, room) - slack
+        for place in (end, first):
             if not is_whole(offsets, place):
-                assert not any(is_whole(offsets, each) for each in range(high - slack, high + 1))
+                assert not any(is_whole(offsets, each) for each in range(place - slack, place + 1))
 
 
 def is_whole(offsets: Sequence[tuple[int, int]], token: int) -> bool:
@@ -324,11 +330,12 @@ def test_any_text(
     lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=200),
     room=st.integers(1, 50),
     most=st.integers(1, 30),
+    least=st.integers(1, 60),
     source=st.randoms(use_true_random=False),
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_windows_of_any_tokens(
-    lengths: list[tuple[int, int]], room: int, most: int, source: Any
+    lengths: list[tuple[int, int]], room: int, most: int, least: int, source: Any
 ) -> None:
     """Also of many tokens a character, of characters without tokens, and with little room."""
     offsets, end = [], 0
@@ -337,7 +344,7 @@ def test_windows_of_any_tokens(
         end = start + length
         offsets += [(start, end)] * source.choice([1, 1, 1, 3, 12])
     text = "".join(source.choices('ab .\n"、。', k=end + 2))
-    check_places(windows(text, offsets, room, most), offsets, room, most)
+    check_places(windows(text, offsets, room, most, least), offsets, room, most, least)
 
 
 @KINDS
@@ -379,7 +386,7 @@ def test_windows_end_with_a_sentence(sentence: str, ends: str, kinds: dict[str, 
         kind, text = kinds[name], sentence * 40
         room = 4 * len(kind.whole(sentence)[0]) + 2
         offsets = kind.whole(text)[1]
-        for first, last in windows(text, offsets, room, 1024, near=0.25)[:-1]:
+        for first, last in windows(text, offsets, room, 1024, room, near=0.25)[:-1]:
             start, end = offsets[first][0], end_of(text, offsets, last)
             assert text[end - 1] == ends, name
             assert start % len(sentence) in (0, len(sentence) - 1), name
@@ -446,7 +453,7 @@ def test_what_fits_and_batch_mates_change_nothing(
 
 
 @KINDS
-def test_a_very_long_text_is_encoded_as_far_as_it_is_read(
+def test_texts_are_encoded_by_turns(
     name: str, kinds: dict[str, Kind], sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = kinds[name].pairs
@@ -454,7 +461,7 @@ def test_a_very_long_text_is_encoded_as_far_as_it_is_read(
     texts = [prose, " " * 9000 + prose, "日本語" * 900, "a", "\n" * 9000]
     request = pairs.read(b"tea", [each.encode() for each in texts], Extent(9))
     [expected] = pairs.encode([request])
-    monkeypatch.setattr(tokenizer_module, "PORTION", 1000)
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_AT_A_TIME", 10_000)
     [read] = pairs.encode([request])
     assert read.input_ids.tolist() == expected.input_ids.tolist()
     assert read.passages.tolist() == expected.passages.tolist()
@@ -472,11 +479,24 @@ def test_a_text_beyond_what_is_read(kinds: dict[str, Kind]) -> None:
 
 def test_limits(kinds: dict[str, Kind]) -> None:
     pairs = kinds["default"].pairs
-    for documents, passages in ((1024, 1), (4, 256), (1, 1024), (1, 2**31 - 1)):
-        pairs.read(b"tea", [b"a"] * documents, Extent(passages))
-    for documents, passages in ((1025, 1), (5, 205), (2, 513), (2, 2**31 - 1)):
-        with pytest.raises(InvalidInput, match=r"DOCUMENTS has .* 1024 in all: split it"):
-            pairs.read(b"tea", [b"a"] * documents, Extent(passages))
+    half = b"a" * 511 * BYTES_PER_PASSAGE
+    for documents, passages in (
+        ([b"a"] * 1024, 2**31 - 1),
+        ([half] * 4, 256),
+        ([half, half], 2**31 - 1),
+        ([half * 3], 2**31 - 1),
+    ):
+        pairs.read(b"tea", documents, Extent(passages))
+        for most in (1, passages):
+            assert sum(protocol.passages([each.decode() for each in documents], most, 1024)) <= 1024
+    for documents, passages, told in (
+        ([b"a"] * 1025, 1, "DOCUMENTS has 1025 documents, and a request may have 1024: split it"),
+        ([half] * 5, 205, "has 5 documents of up to 1025 passages, and .* a smaller MAX_PASSAGES"),
+        ([half, half, b""], 2**31 - 1, "has 3 documents of up to 1025 passages"),
+    ):
+        with pytest.raises(InvalidInput, match=told):
+            pairs.read(b"tea", documents, Extent(passages))
+        assert sum(protocol.passages([each.decode() for each in documents], passages, 1024)) == 1025
     for value in (0, -1, -(2**31)):
         with pytest.raises(InvalidInput, match=f"MAX_PASSAGES is {value}: send 1 or more"):
             pairs.read(b"tea", [b"a"], Extent(value))
@@ -541,12 +561,15 @@ def test_the_best_passage_counts(family: str, tmp_path: Path, sample: Sample) ->
     ranking = pipeline(repository).rank(query, documents, extent=Extent(5))
     assert ranking.read
     room = positions - len(PAIRS[family](tokenizer, query, [])["input_ids"])
+    after = tokenizer(SUFFIX, add_special_tokens=False)["input_ids"] if family == "qwen" else [2]
     best = []
     for row, index in enumerate(ranking.indices.tolist()):
         text = leading + documents[index]
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = whole["input_ids"], whole["offset_mapping"]
-        places = windows(text, offsets, room, 5) if ids else [(0, 0)]
+        most = min(5, 1 + len(documents[index].encode()) // BYTES_PER_PASSAGE)
+        least = max(int(SHORTEST * room), positions - room - len(after))
+        places = windows(text, offsets, room, most, least)
         logits = [logit(query, ids[first:last]) for first, last in places]
         best.append(int(np.argmax(logits)))
         assert ranking.logits[row] == pytest.approx(max(logits), abs=1e-4)
@@ -654,13 +677,13 @@ def test_no_passage_and_other_scores_are_refused() -> None:
 
 def test_size_counts_passages() -> None:
     long = b"x" * 100_000
-    one, sixteen = (Size.of(b"tea", [long, b"a"], 512, most) for most in (1, 16))
+    one, sixteen = (Size.of(b"tea", [long, b"a"], 512, [most, 1]) for most in (1, 16))
     assert one.work == 4096 + 2048 + 4
     assert sixteen.work == 4096 + 16 * 2048 + 4
     assert (one.documents, sixteen.documents) == (2, 17)
     assert one.memory == sixteen.memory == 3 + 100_001
     # What is shorter is not counted in full, and a query is counted in each.
-    half = Size.of(b"q" * 100, [b"x" * 3000], 512, 16)
+    half = Size.of(b"q" * 100, [b"x" * 3000], 512, [16])
     assert half.documents == 2
     assert half.work == 4096 + 2 * 100 + 3000
 
@@ -687,11 +710,12 @@ def documents(sample: Sample) -> list[str]:
     return ["tea", f"{english} A cup of tea.", "", japanese, *sample[0][1][:2]]
 
 
-def infer(server: EmbeddedServer, count: int = 1, **tensors: np.ndarray) -> Any:
+def infer(server: EmbeddedServer, *texts: str, **tensors: np.ndarray) -> Any:
     """A request of some documents by plain tritonclient."""
-    texts = {"QUERY": np.array(["tea"], object), "DOCUMENTS": np.array(["a cup"] * count, object)}
+    documents = np.array(texts or ["a cup"], object)
+    strings = {"QUERY": np.array(["tea"], object), "DOCUMENTS": documents}
     inputs = []
-    for name, value in (texts | tensors).items():
+    for name, value in (strings | tensors).items():
         kind = {"O": "BYTES", "i": "INT32", "l": "INT64", "f": "FP32"}[value.dtype.char]
         inputs.append(triton.InferInput(name, list(value.shape), kind))
         inputs[-1].set_data_from_numpy(value)
@@ -740,16 +764,17 @@ def test_the_server_refuses(
 
 
 def test_the_server_has_a_limit_of_passages(int8_server: EmbeddedServer) -> None:
-    for count, passages in ((4, 256), (1024, 1), (1, 1024), (1, 1025), (1, 2**31 - 1)):
-        result = infer(int8_server, count, MAX_PASSAGES=np.int32([passages]))
-        assert result.as_numpy("PASSAGES").tolist() == [[0, 5]] * count
-    for count, passages in ((5, 205), (2, 2**31 - 1)):
+    half = "a" * 511 * BYTES_PER_PASSAGE
+    for texts, passages in ((["a cup"] * 1024, 2**31 - 1), ([half] * 2, 512), ([half] * 4, 256)):
+        result = infer(int8_server, *texts, MAX_PASSAGES=np.int32([passages]))
+        assert len(result.as_numpy("PASSAGES")) == len(texts)
+    for count, passages in ((5, 205), (3, 2**31 - 1)):
         with pytest.raises(
             InferenceServerException,
-            match=rf"DOCUMENTS has {count} documents of up to \d+ passages each, and a request may "
-            "have 1024 in all: split it, .* or send a smaller MAX_PASSAGES",
+            match=rf"DOCUMENTS has {count} documents of up to \d+ passages, and a request may have "
+            "1024: split it, .* or send a smaller MAX_PASSAGES",
         ):
-            infer(int8_server, count, MAX_PASSAGES=np.int32([passages]))
+            infer(int8_server, *[half] * count, MAX_PASSAGES=np.int32([passages]))
     result = infer(int8_server, MAX_DOCUMENT_TOKENS=np.int32([2**31 - 1]))
     assert result.as_numpy("TRUNCATED").tolist() == [False]
     result = infer(int8_server, MAX_DOCUMENT_TOKENS=np.int32([1]))

@@ -100,7 +100,7 @@ Part = tuple[int, Sequence[str]]
 
 #: A document counts for a passage for each so many bytes that are begun, and one, so that its count
 #: is known before it is tokenized; as the server has it.
-BYTES_PER_PASSAGE = 256
+BYTES_PER_PASSAGE = 128
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,14 @@ class Size:
 
     @classmethod
     def of(
-        cls, query: bytes, documents: Sequence[bytes], positions: int, most_passages: int = 1
+        cls, query: bytes, documents: Sequence[bytes], positions: int, most: Sequence[int]
     ) -> Size:
-        """That of a request to a model of so many positions."""
+        """That of a request to a model of so many positions, with the most passages of each."""
         lengths = [len(document) for document in documents]
         room = BYTES_PER_POSITION * positions
         # A query takes half of the positions at most.
         beside = max(room - len(query), room // 2)
-        passages = [min(-(-length // beside) or 1, most_passages) for length in lengths]
+        passages = [min(-(-length // beside) or 1, each) for length, each in zip(lengths, most)]
         work = OWN_WORK + sum(
             min(count * len(query) + length, count * room)
             for count, length in zip(passages, lengths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 
@@ -15,7 +16,12 @@ import numpy as np
 #: tokens that the model reads for it, and whether any text of the document is left unread.
 PASSAGE = np.dtype([(name, "i4") for name in ("document", "start", "end", "tokens", "truncated")])
 
-#: The share of its room that a window has in common with the next, at least and about.
+#: The share of its room that a window has at least. The shorter it is, the better an answer stands
+#: out: of answers planted in long documents of other texts, the default model ranked 99 of 100
+#: above the same without them by windows of 128 tokens, and 78 by those of 512, which read a tenth
+#: less.
+SHORTEST = 0.25
+#: The share of a window that it has in common with the next, at least and about.
 OVERLAP = 0.125
 #: How far before a window's last place a sentence's end is looked for, or a word's; likewise before
 #: the next one's first.
@@ -33,30 +39,37 @@ def windows(
     offsets: Sequence[tuple[int, int]],
     room: int,
     most: int,
+    least: int = 1,
     overlap: float = OVERLAP,
     near: float = NEAR,
 ) -> list[tuple[int, int]]:
     """The windows of a document, from its start: each its first and one-past-last token.
 
-    All have as many tokens as fit, less those behind the last end of a sentence, or of a word.
+    One if it fits. Else they are as short as so many windows can be that have all of it between
+    them, and end at a sentence's end where one is near, or at a word's.
 
     Args:
         text: the document.
         offsets: of each token, its first and one-past-last character.
         room: the tokens that fit.
         most: how many windows there may be; the last is cut where its room ends.
-        overlap: share of the room.
-        near: share of the room.
+        least: the tokens of the shortest, if there are as many.
+        overlap: share of a window.
+        near: share of a window.
     """
-    shared, slack = int(overlap * room), int(near * room)
-    starts = [start for start, _ in offsets]
     found: list[tuple[int, int]] = []
-    first = 0
-    while first + room < len(offsets) and len(found) < most - 1:
-        last = _place(text, starts, offsets, first + room - slack, first + room)
+    first, count = 0, len(offsets)
+    starts = [start for start, _ in offsets]
+    for left in range(most - 1, 0, -1) if count > room else ():  # Windows, beside this one.
+        even = (count - first) / (1 + left * (1 - overlap - near))
+        size = min(room, max(least, ceil(even)))
+        if first + size >= count:
+            break
+        shared, slack = int(overlap * size), int(near * size)
+        last = _place(text, starts, offsets, first + size - slack, first + size)
         found.append((first, last))
         first = _place(text, starts, offsets, last - shared - slack, last - shared)
-    return [*found, (first, min(first + room, len(offsets)))]
+    return [*found, (first, min(first + room, count))]
 
 
 def end_of(text: str, offsets: Sequence[tuple[int, int]], last: int) -> int:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidInput
 from . import card
-from .passages import PASSAGE, end_of, windows
+from .passages import PASSAGE, SHORTEST, end_of, windows
 
 Int32 = npt.NDArray[np.int32]
 #: A passage's tokens, its first and one-past-last character, whether its document is cut.
@@ -36,12 +36,13 @@ CHARACTERS_PER_POSITION = 64
 #: Of a text of more, it is expected to be cut, and so its tokens' characters are asked for at once,
 #: which takes an eighth longer.
 LONG_CHARACTERS_PER_POSITION = 2
-#: Of a text of more, only its first so many are encoded, and twice as many as long as they do not
-#: fill its passages: an encoding takes up to 700 bytes for a character.
-PORTION = 2**18
-#: The tokens that are kept beyond those that fit: one, so that what is too long shows; the others
-#: since the last ones of a portion may be others than the whole text's.
-MARGIN = 128
+#: No more of any text, and of texts together, are encoded at a time: while it is, a character takes
+#: up to 700 bytes.
+CHARACTERS_AT_A_TIME = 2**20
+#: A document has no more passages than one for each so many bytes that are begun, and one: so how
+#: many a request may have is known before it is tokenized, as by the client, which splits it. That
+#: is more than any text can fill.
+BYTES_PER_PASSAGE = 128
 
 #: Unicode's categories of what shows nothing: controls, formats and separators,
 INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -95,14 +96,16 @@ class Pairs:
     Attributes:
         query_ids: INT32 [Q], the ids of ``[CLS] query [SEP]``.
         documents: as much of each text as is read.
-        truncated: of each, whether that, or the query, is not all.
-        extent: how much of each is read.
+        passages: the most of each.
+        truncated: of each, whether what is read of it, or of the query, is not all.
+        tokens: how many of its own are read of each, at most; None for all.
     """
 
     query_ids: Int32
     documents: list[str]
+    passages: list[int]
     truncated: list[bool]
-    extent: Extent
+    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -186,41 +189,42 @@ class PairTokenizer:
             InvalidInput: no document, or too many; an extent below 1; a text that is not UTF-8; a
                 query that is blank or longer than the model.
         """
-        extent = self._check(len(documents), extent)
+        passages = self._passages(documents, extent)
         texts = [_decode(document, f"DOCUMENTS[{i}]") for i, document in enumerate(documents)]
         query_ids, cut = self._encode_query(_decode(query, "QUERY"))
-        most = self._max_characters * extent.passages
-        truncated = [cut or len(text) > most for text in texts]
-        return Pairs(query_ids, [text[:most] for text in texts], truncated, extent)
+        most = [min(self._max_characters * each, CHARACTERS_AT_A_TIME) for each in passages]
+        truncated = [cut or len(text) > length for text, length in zip(texts, most)]
+        texts = [text[:length] for text, length in zip(texts, most)]
+        return Pairs(query_ids, texts, passages, truncated, extent.tokens)
 
     def encode(self, batch: Sequence[Pairs]) -> list[Tokens]:
         """Encodes the documents of several requests; one result a request."""
-        self._enable_truncation(max(pairs.extent.passages for pairs in batch))
         return [self._assemble(pairs) for pairs in batch]
 
-    def _check(self, documents: int, extent: Extent) -> Extent:
-        """What is read, within the limits."""
+    def _passages(self, documents: Sequence[bytes], extent: Extent) -> list[int]:
+        """The most of each document."""
         if not documents:
             raise InvalidInput("DOCUMENTS is empty: send at least one document")
         for name, value in (("PASSAGES", extent.passages), ("DOCUMENT_TOKENS", extent.tokens)):
             if value is not None and value < 1:
                 raise InvalidInput(f"MAX_{name} is {value}: send 1 or more, or leave it out")
-        passages = min(extent.passages, self._max_passages)
-        if documents * passages > self._max_passages:
-            each, remedy = (
-                ("", "")
-                if passages == 1
-                else (f" of up to {passages} passages each", ", or send a smaller MAX_PASSAGES")
-            )
+        limit = self._max_passages
+        most = min(extent.passages, limit)
+        passages = [min(most, 1 + len(text) // BYTES_PER_PASSAGE) for text in documents]
+        if sum(passages) > limit:
+            of, remedy = "", ""
+            if most > 1:
+                of = f" of up to {sum(passages)} passages"
+                remedy = ", or send a smaller MAX_PASSAGES"
             raise InvalidInput(
-                f"DOCUMENTS has {documents} documents{each}, and a request may have "
-                f"{self._max_passages} in all: split it, and merge the rankings by LOGITS{remedy}"
+                f"DOCUMENTS has {len(documents)} documents{of}, and a request may have {limit}: "
+                f"split it, and merge the rankings by LOGITS{remedy}"
             )
-        return Extent(passages, extent.tokens)
+        return passages
 
     def _enable_truncation(self, passages: int = 1) -> None:
-        self._most_tokens = self.max_length * passages + MARGIN
-        self._tokenizer.enable_truncation(self._most_tokens)
+        """Of one token more than is read, so that what is too long shows."""
+        self._tokenizer.enable_truncation(self.max_length * passages + 1)
 
     def _encode_query(self, query: str) -> tuple[Int32, bool]:
         """With what stands around it; and whether it was cut."""
@@ -260,6 +264,7 @@ class PairTokenizer:
     def _assemble(self, pairs: Pairs) -> Tokens:
         query_ids = pairs.query_ids
         room = self.max_length - len(query_ids) - len(self._suffix)
+        self._enable_truncation(max(pairs.passages))
         rows, passages = [], []
         for i, read in enumerate(self._read_documents(pairs, room)):
             for ids, start, end, truncated in read:
@@ -279,16 +284,19 @@ class PairTokenizer:
 
     def _read_documents(self, pairs: Pairs, room: int) -> Iterator[list[_Read]]:
         """The passages of each document, of which so many tokens fit."""
-        leading, extent = len(self._prompt.leading), pairs.extent
-        most = min(room, extent.tokens or room)
+        leading = len(self._prompt.leading)
+        most = min(room, pairs.tokens or room)
+        # With a shorter one, the query would take more of the time than the document.
+        least = max(int(SHORTEST * room), len(pairs.query_ids))
         texts = [self._prompt.leading + text for text in pairs.documents]
-        for text, encoding, cut in zip(texts, self._encodings(texts, most), pairs.truncated):
+        every = zip(texts, self._encodings(texts, most), pairs.passages, pairs.truncated)
+        for text, encoding, passages, cut in every:
             ids = encoding.ids
             if len(ids) <= most:
                 yield [(ids, 0, len(text) - leading, cut)]
                 continue
             offsets = encoding.offsets
-            places = windows(text, offsets[: extent.tokens], room, extent.passages)
+            places = windows(text, offsets[: pairs.tokens], room, passages, least)
             is_cut = cut or places[-1][1] < len(ids)
             starts = [0, *(offsets[first][0] for first, _ in places[1:])]
             ends = [
@@ -299,26 +307,17 @@ class PairTokenizer:
                 for (first, last), start, end in zip(places, starts, ends)
             ]
 
-    def _encodings(self, texts: list[str], most: int) -> list[Any]:
+    def _encodings(self, texts: Sequence[str], most: int) -> Iterator[Any]:
         """With the characters of tokens where there are more than ``most``."""
-        encodings: list[Any] = [None] * len(texts)
-        short = [i for i, text in enumerate(texts) if len(text) <= self._long]
-        tokenizer = self._tokenizer
-        for i, each in zip(
-            short, tokenizer.encode_batch_fast([texts[i] for i in short], add_special_tokens=False)
-        ):
-            encodings[i] = each
-        long = [i for i, each in enumerate(encodings) if each is None or len(each) > most]
-        portion = PORTION
-        while long:
-            portions = [texts[i][:portion] for i in long]
-            for i, each in zip(long, tokenizer.encode_batch(portions, add_special_tokens=False)):
-                encodings[i] = each
-            long = [
-                i for i in long if len(texts[i]) > portion and len(encodings[i]) < self._most_tokens
-            ]
-            portion *= 2
-        return encodings
+        tokenizer, long = self._tokenizer, self._long
+        for group in _groups(texts):
+            some = [text for text in group if len(text) <= long]
+            encoded = iter(tokenizer.encode_batch_fast(some, add_special_tokens=False))
+            found = [next(encoded) if len(text) <= long else None for text in group]
+            cut = [each is None or len(each) > most for each in found]
+            some = [text for text, is_cut in zip(group, cut) if is_cut]
+            encoded = iter(tokenizer.encode_batch(some, add_special_tokens=False))
+            yield from (next(encoded) if is_cut else each for is_cut, each in zip(cut, found))
 
 
 def _is_visible(character: str) -> bool:
@@ -332,6 +331,17 @@ def _decode(text: bytes, name: str) -> str:
         raise InvalidInput(
             f"{name} is not valid UTF-8 (byte {error.start}): encode the text as UTF-8"
         ) from None
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in turn, as many together as are encoded at a time."""
+    start = size = 0
+    for end, text in enumerate(texts):
+        if size and size + len(text) > CHARACTERS_AT_A_TIME:
+            yield texts[start:end]
+            start, size = end, 0
+        size += len(text)
+    yield texts[start:]
 
 
 def _pair_template(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:

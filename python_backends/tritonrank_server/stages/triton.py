@@ -208,7 +208,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
         passages, tokens = _integer(most, "MAX_PASSAGES"), _integer(most, "MAX_DOCUMENT_TOKENS")
         extent = Extent(1 if passages is None else passages, tokens)
         pairs = self._tokenizer.read(query, documents, extent)
-        size = Size.of(query, documents, self._tokenizer.max_length, pairs.extent.passages)
+        size = Size.of(query, documents, self._tokenizer.max_length, pairs.passages)
         return pairs, self._ledger.take(size, _timeout(request), _is_bulk(request))
 
     def run(self, batch: Sequence[tuple[Pairs, Float64]]) -> Sequence[tuple[Tokens, Float64]]:
