@@ -206,8 +206,8 @@ def test_passages_where_a_request_does_not_say(int8_server: EmbeddedServer, tmp_
                 (each.index, each.score) for each in expected
             ]
             assert answer["usage"]["total_tokens"] == sum(each.tokens or 0 for each in expected)
-        # The long one three times, the car once, and a pair to know the model.
-        assert "cache_misses_total 5.0" in httpx.get(f"{gateway.url}/metrics").text
+        # Each once for each number of passages.
+        assert "cache_misses_total 6.0" in httpx.get(f"{gateway.url}/metrics").text
 
 
 def test_pages_of_other_origins(int8_server: EmbeddedServer, tmp_path: Path) -> None:

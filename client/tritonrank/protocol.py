@@ -120,9 +120,12 @@ class Options:
     request_id: str = ""
 
 
-def passages(documents: Sequence[str], max_passages: int | None, limit: int) -> list[int]:
-    """The most passages of each document, by its size."""
-    most = min(max(1, max_passages or 1), limit)
+def passages(
+    documents: Sequence[str], max_passages: int | None, limit: int | None = None
+) -> list[int]:
+    """The most passages of each document, by its size, and of a request."""
+    most = max(1, max_passages or 1)
+    most = most if limit is None else min(most, limit)
     if most == 1:
         return [1] * len(documents)
     return [min(most, 1 + len(text.encode()) // BYTES_PER_PASSAGE) for text in documents]

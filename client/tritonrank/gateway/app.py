@@ -208,7 +208,7 @@ class Gateway:
             seen.documents = len(call.documents)
             name = self._name(call)
             call.refuse_short_lengths(self._model)
-            count = sum(passages(call.documents, self._most(call), self._limits.documents))
+            count = sum(passages(call.documents, self._most(call)))
             if count > self._limits.documents:
                 raise InvalidField(
                     dialect.documents,
