@@ -39,8 +39,12 @@ def test_workloads_are_the_same_at_each_run() -> None:
         assert first != list(islice(stream(name, 2), 5))
     sizes = {name: len(next(stream(name))[1]) for name in ("search", "rag", "autocomplete")}
     assert sizes == {"search": 100, "rag": 20, "autocomplete": 10}
-    assert {len(documents) for _, documents in islice(stream("spiky"), 99)} == {10, 300}
-    mixed = "".join(query for query, _ in islice(stream("mixed"), 60))
+    assert {len(each.documents) for each in islice(stream("spiky"), 99)} == {10, 300}
+    _, documents, max_passages = next(stream("long"))
+    assert (len(documents), max_passages) == (10, 16)
+    lengths = [len(text.split()) for text in documents]
+    assert 500 <= min(lengths) < 2000 < 3500 < max(lengths) <= 5000
+    mixed = "".join(each.query for each in islice(stream("mixed"), 60))
     assert any("가" <= letter <= "힣" for letter in mixed)
     assert any("ぁ" <= letter <= "ん" for letter in mixed)
 
@@ -48,10 +52,11 @@ def test_workloads_are_the_same_at_each_run() -> None:
 def test_own_requests(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(
-        '{"query": "차", "documents": ["a", "b"]}\n{"query": "q", "documents": ["c"]}\n'
+        '{"query": "차", "documents": ["a", "b"]}\n'
+        '{"query": "q", "documents": ["c"], "max_passages": 2}\n'
     )
     found = list(islice(stream(str(path)), 4))
-    assert sorted(found[:2]) == [("q", ["c"]), ("차", ["a", "b"])]
+    assert sorted(found[:2]) == [("q", ["c"], 2), ("차", ["a", "b"], None)]
     assert found[2:] == found[:2]
 
 
@@ -86,6 +91,32 @@ def test_users_on_a_real_server(
     counts, printed = locust(int8_server.grpc_url, *many, *options, user)
     assert set(counts) == {"autocomplete"}  # Failures would have a name of their own.
     assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_ask_for_passages(int8_server: EmbeddedServer, tmp_path: Path, user: str) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"query": "q", "documents": ["water " * 5000], "max_passages": 3}))
+    before = sweep.metrics(int8_server.metrics_url)
+    many = ["--users=1", "--run-time=2s", "--stop-timeout=30", "--workload", str(own)]
+    counts, _ = locust(int8_server.grpc_url, *many, user)
+    after = sweep.metrics(int8_server.metrics_url)
+    passages = "nv_inference_count cross_encoder"
+    assert after[passages] - before[passages] == 3 * counts[str(own)] > 0
+
+
+def test_requests_of_perf_analyzer(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"query": "q", "documents": ["a", "b"], "max_passages": 3}))
+    command = [sys.executable, "-m", "loadtest.perf_analyzer", str(own), "--requests=2"]
+    done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, check=True)
+    [first, second] = json.loads(done.stdout)["data"]
+    assert first == second
+    assert {name: (each["content"], each["shape"]) for name, each in first.items()} == {
+        "QUERY": (["q"], [1]),
+        "DOCUMENTS": (["a", "b"], [2]),
+        "MAX_PASSAGES": ([3], [1]),
+    }
 
 
 def test_shapes_and_processes(int8_server: EmbeddedServer) -> None:
