@@ -20,12 +20,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import GatewayProcess, start
+from conftest import GatewayProcess, pipeline, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank.cli import main
 from tritonrank_server.serving.serve import EmbeddedServer
 
 from loadtest import sweep
+from loadtest.planted import CUT, Scorer, Setting, Texts, summary
 from loadtest.sweep import Limits, Step
 from loadtest.workloads import WORKLOADS, stream
 
@@ -299,6 +300,48 @@ def test_a_sweep_of_nothing_is_refused(option: str, message: str) -> None:
     done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_answers_are_planted_at_a_depth(int8_repository: Path) -> None:
+    texts = Texts(int8_repository / "cross_encoder" / "current")
+    text, answer = "unaffordable water " * 500, "An unaffordable answer"
+    for depth in (0.0, 0.31, 0.95):
+        planted = texts.plant(answer, text, depth)
+        before, after = planted.split(answer)
+        assert text.startswith(before)
+        assert text.endswith(after.lstrip())
+        assert len(texts.places(planted)) == len(texts.places(text))
+        assert len(before) / len(planted) == pytest.approx(depth, abs=0.02)
+
+
+def test_ways_to_read_a_long_document(int8_repository: Path) -> None:
+    scorer, text = Scorer(pipeline(int8_repository), "water"), "an ocean of water. " * 200
+    kinds = (CUT, Setting(0, 0), Setting(0.5, 0), Setting(0.5, 0.25), Setting(0, 0, window=100))
+    read = [scorer.logits([text], each)[1] for each in kinds]
+    # Besides its 1,000 tokens, the query and three special ones in each passage.
+    assert read[:2] == [512, 1000 + 2 * 4]
+    assert read[4] == 1000 + 10 * 4
+    assert read[1] < read[2] < read[3]
+    [best], _ = scorer.logits([text], Setting(0.5, 0))
+    [first], _ = scorer.logits([text], CUT)
+    assert best >= first
+
+
+def test_what_is_said_of_planted_answers() -> None:
+    own, without = np.full((2, 10), 8.0), np.arange(20.0).reshape(2, 10) - 20
+    found = np.stack((own, without, own - 1))
+    chosen = np.stack((own, without, without))
+    row = summary(found, chosen)
+    assert (row["right"], row["pairs"], row["mrr"], row["median_lost"]) == (20, 20, 1, 1)
+    assert summary(chosen, chosen)["right"] == 0
+    # Among its ten without, a document that gained nothing is behind all that are as good.
+    assert summary(chosen, chosen)["mrr"] == pytest.approx(sum(1 / i for i in range(2, 12)) / 10)
+    for name in ("more_mrr", "more_logit"):
+        mean, low, high = row[name]
+        assert 0 < low <= mean <= high
+        assert summary(chosen, chosen)[name] == [0, 0, 0]
+    found[2, 0, :2] = without[0, :2]
+    assert summary(found, chosen)["right_by_fifth"] == [0.5, 1, 1, 1, 1]
 
 
 def test_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
