@@ -81,6 +81,8 @@ def _by_turns(ways: dict[str, tuple[Path, int]]) -> list[Row]:
 
 def main() -> None:
     """Measures all of it, and writes ``cpu.json``."""
+    if not planted.UNLABELLED.exists():
+        raise SystemExit(f"No {planted.UNLABELLED}: MS MARCO's text is no part of this project")
     result = {"commit": commit(), "hardware": hardware(), "cost": cost(), **planted.study(DEFAULT)}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = Path(RESULTS / "cpu.json")

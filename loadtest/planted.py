@@ -74,8 +74,9 @@ CUT = Setting(passages=1)
 SETTINGS = [
     CUT,
     *(Setting(overlap, near) for overlap in (0, 0.125, 0.25, 0.5) for near in (0, 0.125)),
-    Setting(window=256),
-    Setting(window=128),
+    *(Setting(window=window) for window in (256, 128, 64)),
+    Setting(0.5, window=256),
+    Setting(0.25, window=128),
 ]
 
 
