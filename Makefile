@@ -9,7 +9,7 @@ CLIENTS := tests/clients/environments
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve gateway export bench loadtest locust replicas clients test lint clean
+.PHONY: help setup demo serve gateway export bench passages loadtest locust replicas clients test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ export: $(if $(filter default-int8-,$(MODEL)-$(PRECISION)-$(ARGS)),$(VENV)/.serv
 bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers; into loadtest/RESULTS.md and README.md
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
 	$(BIN)/python -m loadtest.gateway
+	$(BIN)/python -m loadtest.report
+
+passages: $(VENV)/.all | published ## How well long documents are ranked, and what they cost; into loadtest/RESULTS.md
+	$(BIN)/python -m loadtest.passages
 	$(BIN)/python -m loadtest.report
 
 loadtest: $(VENV)/.all | $(if $(URL),,published) ## Find the knee of a server, its own or URL=…: build/load/load.html

@@ -39,6 +39,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_norm_eps": 1e-5,
         },
     ),
+    # Small, but long as bge-reranker-v2-m3 is.
+    "xlm-roberta-small-8192": (
+        "XLMRoberta",
+        {
+            "vocab_size": 8_000,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "max_position_embeddings": 8194,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+        },
+    ),
     "gte-reranker-modernbert-base": ("ModernBert", {"vocab_size": 50_368}),
     "mxbai-rerank-base-v1": (
         "DebertaV2",
@@ -90,7 +104,8 @@ def write_checkpoint(name: str, folder: Path) -> int:
 def _tokenizer(size: int) -> Tokenizer:
     """A Unigram model: special tokens, the sample's words, characters, and pieces made of them."""
     source = random.Random(0)
-    words = [f"▁{word}" for _, texts in sample() for text in texts for word in text.split()]
+    texts = [text for request in sample() for text in request.documents]
+    words = [f"▁{word}" for text in texts for word in text.split()]
     scores = dict.fromkeys(SPECIAL, 0.0) | dict.fromkeys(words, -6.0)
     scores |= dict.fromkeys(["▁", *CHARACTERS], -12.0)
     pieces = list(scores)[len(SPECIAL) : size]

@@ -99,7 +99,7 @@ class _Reranking(User):  # type: ignore[misc]
             response_time=1000 * (time.perf_counter() - due),
             response_length=0,
             exception=error,
-            context={"documents": request[1]},
+            context={"documents": request.documents},
         )
 
 
@@ -108,7 +108,8 @@ class RerankUser(_Reranking):
 
     def rank(self, request: Request) -> None:
         client = _shared_client(self.host, self.options.timeout)
-        client.rank(*request, bulk=self.options.bulk)
+        query, documents, max_passages = request
+        client.rank(query, documents, max_passages=max_passages, bulk=self.options.bulk)
 
 
 class ArrivalUser(RerankUser):
@@ -148,13 +149,16 @@ class TritonUser(_Reranking):
         del self.client
 
     def rank(self, request: Request) -> None:
-        query, documents = request
+        query, documents, max_passages = request
         inputs = [
             triton.InferInput("QUERY", [1], "BYTES"),
             triton.InferInput("DOCUMENTS", [len(documents)], "BYTES"),
         ]
         inputs[0].set_data_from_numpy(np.array([query], dtype=object))
         inputs[1].set_data_from_numpy(np.array(documents, dtype=object))
+        if max_passages is not None:
+            inputs.append(triton.InferInput("MAX_PASSAGES", [1], "INT32"))
+            inputs[2].set_data_from_numpy(np.array([max_passages], np.int32))
         options = {"priority": 2, "parameters": {"bulk": True}} if self.options.bulk else {}
         self.client.infer("reranker", inputs, client_timeout=self.options.timeout, **options)
 
@@ -175,7 +179,7 @@ class GatewayUser(_Reranking):
         self.http.close()
 
     def rank(self, request: Request) -> None:
-        body = json.dumps(dict(zip(("query", "documents"), request)))
+        body = json.dumps(request._asdict())
         kind = {"content-type": "application/json"}
         response = self.http.post("/rerank", body.encode(), kind)
         answer = json.loads(response.read())
@@ -191,6 +195,8 @@ class Throughput:
         self.counts: Counter[str] = Counter()
         self.started = self.stopped = self.last = time.time()
         self.tokenizer = Tokenizer.from_file(str(TOKENIZER)) if TOKENIZER.exists() else None
+        if self.tokenizer:
+            self.tokenizer.no_truncation()  # Else a document that is too long is an error.
         for name in ("request", "test_start", "test_stopping", "quitting"):
             getattr(environment.events, name).add_listener(getattr(self, name))
         for name in ("report_to_master", "worker_report"):

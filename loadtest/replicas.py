@@ -198,7 +198,7 @@ def questions(exports: Path, names: Sequence[str]) -> list[Question]:
     """Small ones, with what the published folders answer without Triton."""
     pipelines = {name: Pipeline.of(exports / name, max_passages=10) for name in names}
     found = []
-    for query, documents in islice(stream("autocomplete"), 24):
+    for query, documents, _ in islice(stream("autocomplete"), 24):
         logits = {}
         for name, pipeline in pipelines.items():
             ranking = pipeline.rank(query, documents)

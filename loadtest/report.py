@@ -368,6 +368,81 @@ def gateway(folder: Path) -> str:
     return _table(head, rows)
 
 
+def passages(result: Result) -> str:
+    """How well long documents are ranked in passages, and what that costs."""
+    chosen_on, judged_on = result["chosen_on"], result["judged_on"]
+    head = ["", "right", "by fifths", "MRR", "MRR, more", "logit lost", "logit, more", "read"]
+    return "\n\n".join(
+        [
+            f"{_machine(result)}, INT8, commit {result['commit']}. To choose on:",
+            _table(head, map(_planted, chosen_on)),
+            "![Right pairs by depth](results/passages/cpu.png)",
+            "To judge on, once:",
+            _table(head, map(_planted, judged_on)),
+            "Time, medians of requests by turns:",
+            _table(
+                ["model", "documents", "tokens", "ms", "tokens, ×", "ms, ×", "ms / tokens, ×"],
+                [row for model, rows in result["cost"].items() for row in _costs(model, rows)],
+            ),
+        ]
+    )
+
+
+def _planted(row: Row) -> list[str]:
+    return [
+        _reading(row),
+        f"{row['right']} of {row['pairs']}",
+        " ".join(f"{share:.2f}" for share in row["right_by_fifth"]),
+        f"{row['mrr']:.2f}",
+        _more(row["more_mrr"]),
+        f"{row['median_lost']:.1f}",
+        _more(row["more_logit"]),
+        f"{row['read']:.2f} ×",
+    ]
+
+
+def _reading(row: Row) -> str:
+    if row["passages"] == 1:
+        return "cut at 512"
+    shortest = "as long as fit" if row["shortest"] == 1 else f"{row['shortest']:g} of it"
+    most = f", {row['passages']} at most" if row["passages"] else ""
+    return f"{shortest}, overlap {row['overlap']:g}, near {row['near']:g}{most}"
+
+
+def _more(values: Sequence[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _costs(model: str, rows: Sequence[Row]) -> list[list[str]]:
+    """Against the first of them."""
+    found = []
+    for row in rows:
+        tokens, ms = (row[name] / rows[0][name] for name in ("tokens", "ms"))
+        times = [f"{tokens:.2f}", f"{ms:.2f}", f"{ms / tokens:.2f}"]
+        found.append([model, row["way"], str(row["tokens"]), f"{row['ms']:.0f}", *times])
+    return found
+
+
+def plot_passages(result: Result, path: Path) -> None:
+    """The share of pairs ranked right by where the answer stands, of a few ways to read."""
+    figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    first = result["chosen_on"][0]  # Cut, with the overlap of what is chosen.
+    for row in result["chosen_on"]:
+        if (row["overlap"], row["near"]) == (first["overlap"], first["near"]):
+            shares = row["right_by_fifth"]
+            depths = [(i + 0.5) / len(shares) for i in range(len(shares))]
+            axes.plot(depths, shares, marker="o", label=_reading(row))
+    axes.set_xlabel("where the answer stands in the document")
+    axes.set_ylabel("pairs ranked right")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.05)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def write(path: Path, name: str, block: str) -> None:
     """Puts the block between the two marks of that name in the file.
 
@@ -392,6 +467,9 @@ def main(root: Path = ROOT) -> None:
     write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
     write(root / "loadtest" / "RESULTS.md", "memory", memory(folder))
     write(root / "loadtest" / "RESULTS.md", "gateway", gateway(folder))
+    long = json.loads((folder / "passages" / "cpu.json").read_text())
+    plot_passages(long, folder / "passages" / "cpu.png")
+    write(root / "loadtest" / "RESULTS.md", "passages", passages(long))
     several = json.loads((folder / "replicas" / "replicas.json").read_text())
     write(root / "docker" / "README.md", "replicas", replicas(several))
 

@@ -9,20 +9,27 @@ from functools import cache
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .data import SHARE_OF_WORDS, WORDS
 
-#: A query, and its documents.
-Request = tuple[str, list[str]]
+
+class Request(NamedTuple):
+    """A query, its documents, and in how many passages each is read at most, if it says so."""
+
+    query: str
+    documents: list[str]
+    max_passages: int | None = None
 
 
 def stream(workload: str, seed: int = 0) -> Iterator[Request]:
     """Requests without end: of a workload, the same for the same seed, or of a file over and over.
 
     Args:
-        workload: one of ``WORKLOADS``, or a JSONL file, ``{"query": …, "documents": […]}`` a line.
+        workload: one of ``WORKLOADS``, or a JSONL file, ``{"query": …, "documents": […]}`` a line
+            and ``max_passages`` where it has one.
         seed: tells the users of a test apart.
     """
     source = random.Random(f"{workload} {seed}")
@@ -42,17 +49,19 @@ def _search(source: random.Random, documents: int = 100) -> Request:
     """Passages as long as DL19's."""
     quantiles = [source.random() for _ in range(documents)]
     lengths = np.interp(quantiles, *np.transpose(SHARE_OF_WORDS))
-    return _text(source, 6), [_text(source, int(words)) for words in lengths]
+    return Request(_text(source, 6), [_text(source, int(words)) for words in lengths])
 
 
 def _rag(source: random.Random) -> Request:
     """Chunks of about 300 tokens."""
-    return _text(source, 12), [_text(source, source.randint(200, 300)) for _ in range(20)]
+    chunks = [_text(source, source.randint(200, 300)) for _ in range(20)]
+    return Request(_text(source, 12), chunks)
 
 
 def _autocomplete(source: random.Random) -> Request:
     """Completions of what was typed."""
-    return _text(source, 2), [_text(source, source.randint(2, 8)) for _ in range(10)]
+    completions = [_text(source, source.randint(2, 8)) for _ in range(10)]
+    return Request(_text(source, 2), completions)
 
 
 def _multilingual(source: random.Random) -> Request:
@@ -67,7 +76,10 @@ def sample() -> list[Request]:
 
 
 def _read(jsonl: str) -> list[Request]:
-    return [(each["query"], each["documents"]) for each in map(json.loads, jsonl.splitlines())]
+    return [
+        Request(each["query"], each["documents"], each.get("max_passages"))
+        for each in map(json.loads, jsonl.splitlines())
+    ]
 
 
 def _mixed(source: random.Random) -> Request:
@@ -84,6 +96,12 @@ def _bulk(source: random.Random) -> Request:
     return _search(source, 5000)
 
 
+def _long(source: random.Random) -> Request:
+    """Whole documents of 500 to 5,000 tokens, read in passages."""
+    documents = [_text(source, source.randint(500, 5000)) for _ in range(10)]
+    return Request(_text(source, 12), documents, max_passages=16)
+
+
 WORKLOADS: dict[str, Callable[[random.Random], Request]] = {
     "search": _search,
     "rag": _rag,
@@ -91,4 +109,5 @@ WORKLOADS: dict[str, Callable[[random.Random], Request]] = {
     "mixed": _mixed,
     "spiky": _spiky,
     "bulk": _bulk,
+    "long": _long,
 }

@@ -20,12 +20,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import GatewayProcess, start
+from conftest import GatewayProcess, pipeline, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank.cli import main
 from tritonrank_server.serving.serve import EmbeddedServer
 
 from loadtest import sweep
+from loadtest.planted import CUT, Scorer, Setting, Texts, summary
 from loadtest.sweep import Limits, Step
 from loadtest.workloads import WORKLOADS, stream
 
@@ -39,8 +40,12 @@ def test_workloads_are_the_same_at_each_run() -> None:
         assert first != list(islice(stream(name, 2), 5))
     sizes = {name: len(next(stream(name))[1]) for name in ("search", "rag", "autocomplete")}
     assert sizes == {"search": 100, "rag": 20, "autocomplete": 10}
-    assert {len(documents) for _, documents in islice(stream("spiky"), 99)} == {10, 300}
-    mixed = "".join(query for query, _ in islice(stream("mixed"), 60))
+    assert {len(each.documents) for each in islice(stream("spiky"), 99)} == {10, 300}
+    _, documents, max_passages = next(stream("long"))
+    assert (len(documents), max_passages) == (10, 16)
+    lengths = [len(text.split()) for text in documents]
+    assert 500 <= min(lengths) < 2000 < 3500 < max(lengths) <= 5000
+    mixed = "".join(each.query for each in islice(stream("mixed"), 60))
     assert any("가" <= letter <= "힣" for letter in mixed)
     assert any("ぁ" <= letter <= "ん" for letter in mixed)
 
@@ -48,10 +53,11 @@ def test_workloads_are_the_same_at_each_run() -> None:
 def test_own_requests(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(
-        '{"query": "차", "documents": ["a", "b"]}\n{"query": "q", "documents": ["c"]}\n'
+        '{"query": "차", "documents": ["a", "b"]}\n'
+        '{"query": "q", "documents": ["c"], "max_passages": 2}\n'
     )
     found = list(islice(stream(str(path)), 4))
-    assert sorted(found[:2]) == [("q", ["c"]), ("차", ["a", "b"])]
+    assert sorted(found[:2]) == [("q", ["c"], 2), ("차", ["a", "b"], None)]
     assert found[2:] == found[:2]
 
 
@@ -86,6 +92,32 @@ def test_users_on_a_real_server(
     counts, printed = locust(int8_server.grpc_url, *many, *options, user)
     assert set(counts) == {"autocomplete"}  # Failures would have a name of their own.
     assert documents_ranked(printed) == 10 * counts["autocomplete"] > 0
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_users_ask_for_passages(int8_server: EmbeddedServer, tmp_path: Path, user: str) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"query": "q", "documents": ["water " * 5000], "max_passages": 3}))
+    before = sweep.metrics(int8_server.metrics_url)
+    many = ["--users=1", "--run-time=2s", "--stop-timeout=30", "--workload", str(own)]
+    counts, _ = locust(int8_server.grpc_url, *many, user)
+    after = sweep.metrics(int8_server.metrics_url)
+    passages = "nv_inference_count cross_encoder"
+    assert after[passages] - before[passages] == 3 * counts[str(own)] > 0
+
+
+def test_requests_of_perf_analyzer(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"query": "q", "documents": ["a", "b"], "max_passages": 3}))
+    command = [sys.executable, "-m", "loadtest.perf_analyzer", str(own), "--requests=2"]
+    done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, check=True)
+    [first, second] = json.loads(done.stdout)["data"]
+    assert first == second
+    assert {name: (each["content"], each["shape"]) for name, each in first.items()} == {
+        "QUERY": (["q"], [1]),
+        "DOCUMENTS": (["a", "b"], [2]),
+        "MAX_PASSAGES": ([3], [1]),
+    }
 
 
 def test_shapes_and_processes(int8_server: EmbeddedServer) -> None:
@@ -268,6 +300,48 @@ def test_a_sweep_of_nothing_is_refused(option: str, message: str) -> None:
     done = subprocess.run(command, cwd=LOADTEST.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_answers_are_planted_at_a_depth(int8_repository: Path) -> None:
+    texts = Texts(int8_repository / "cross_encoder" / "current")
+    text, answer = "unaffordable water " * 500, "An unaffordable answer"
+    for depth in (0.0, 0.31, 0.95):
+        planted = texts.plant(answer, text, depth)
+        before, after = planted.split(answer)
+        assert text.startswith(before)
+        assert text.endswith(after.lstrip())
+        assert len(texts.places(planted)) == len(texts.places(text))
+        assert len(before) / len(planted) == pytest.approx(depth, abs=0.02)
+
+
+def test_ways_to_read_a_long_document(int8_repository: Path) -> None:
+    scorer, text = Scorer(pipeline(int8_repository), "water"), "an ocean of water. " * 200
+    kinds = (CUT, Setting(1, 0, 0), Setting(1, 0.5, 0), Setting(1, 0.5, 0.25), Setting(0.2, 0, 0))
+    read = [scorer.logits([text], each)[1] for each in kinds]
+    # Besides its 1,000 tokens, the query and three special ones in each passage.
+    assert read[:2] == [512, 1000 + 2 * 4]
+    assert read[4] == 1000 + 10 * 4
+    assert read[1] < read[2] < read[3]
+    [best], _ = scorer.logits([text], Setting(1, 0.5, 0))
+    [first], _ = scorer.logits([text], CUT)
+    assert best >= first
+
+
+def test_what_is_said_of_planted_answers() -> None:
+    own, without = np.full((2, 10), 8.0), np.arange(20.0).reshape(2, 10) - 20
+    found = np.stack((own, without, own - 1))
+    chosen = np.stack((own, without, without))
+    row = summary(found, chosen)
+    assert (row["right"], row["pairs"], row["mrr"], row["median_lost"]) == (20, 20, 1, 1)
+    assert summary(chosen, chosen)["right"] == 0
+    # Among its ten without, a document that gained nothing is behind all that are as good.
+    assert summary(chosen, chosen)["mrr"] == pytest.approx(sum(1 / i for i in range(2, 12)) / 10)
+    for name in ("more_mrr", "more_logit"):
+        mean, low, high = row[name]
+        assert 0 < low <= mean <= high
+        assert summary(chosen, chosen)[name] == [0, 0, 0]
+    found[2, 0, :2] = without[0, :2]
+    assert summary(found, chosen)["right_by_fifth"] == [0.5, 1, 1, 1, 1]
 
 
 def test_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
