@@ -38,6 +38,7 @@ from tritonrank import (
 )
 from tritonrank.cli import main
 from tritonrank.connection import Endpoint
+from tritonrank.protocol import Options
 from tritonrank.table import format_table
 from tritonrank_server.serving.serve import EmbeddedServer
 
@@ -752,14 +753,14 @@ def test_a_bulk_call_says_so(count: int, bulk: bool, level: tuple[int, bool]) ->
 
 def test_a_bulk_call_is_in_small_parts() -> None:
     for bulk, sizes in ((True, [27, 27, 26]), (False, [80])):
-        parts = protocol.parts(["a"] * 80, [1] * 80, bulk, 1024)
+        parts = protocol.parts(["a"] * 80, Options(bulk=bulk), 1024)
         assert [len(texts) for _, texts in parts] == sizes
     texts = ["a" * size for size in (10_000, 100, 2000, 2000, 200)]
-    sizes = protocol.passages(texts, 20, 1024)
-    assert sizes == [20, 1, 16, 16, 2]
-    parts = protocol.parts(texts, sizes, True, 1024)
+    assert protocol.passages(texts, 20) == [20, 1, 16, 16, 2]
+    assert protocol.usual_passages(texts, 20) == 20 + 1 + 4 + 4 + 1
+    parts = protocol.parts(texts, Options(20, bulk=True), 1024)
     assert [(start, len(some)) for start, some in parts] == [(0, 2), (2, 1), (3, 2)]
-    assert protocol.parts([], [], False, 1024) == [(0, [])]
+    assert protocol.parts([], Options(), 1024) == [(0, [])]
 
 
 def test_few_parts_are_under_way(

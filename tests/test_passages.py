@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ KINDS = pytest.mark.parametrize("name", ["default", "XLM-R", "Qwen", *TRAINED])
 def check(kind: Kind, text: str, passages: int, tokens: int | None = None) -> Tokens:
     """All that is true of any text; gives what was read."""
     read = kind.read(text, passages, tokens)
-    passages = min(passages, 1 + len(text.encode()) // BYTES_PER_PASSAGE)
+    passages = min(passages, 1 + len(text.encode()) // (MOST // 2))
     part = text[: CHARACTERS_PER_POSITION * MOST * passages]
     ids, offsets = kind.whole(part)
     room, leading = kind.room, len(kind.prompt.leading)
@@ -478,7 +479,7 @@ def test_a_text_beyond_what_is_read(kinds: dict[str, Kind]) -> None:
 
 def test_limits(kinds: dict[str, Kind]) -> None:
     pairs = kinds["default"].pairs
-    half = b"a" * 511 * BYTES_PER_PASSAGE
+    half = b"a" * 511 * (MOST // 2)
     for documents, passages in (
         ([b"a"] * 1024, 2**31 - 1),
         ([half] * 4, 256),
@@ -486,8 +487,6 @@ def test_limits(kinds: dict[str, Kind]) -> None:
         ([half * 3], 2**31 - 1),
     ):
         pairs.read(b"tea", documents, Extent(passages))
-        for most in (1, passages):
-            assert sum(protocol.passages([each.decode() for each in documents], most, 1024)) <= 1024
     for documents, passages, told in (
         ([b"a"] * 1025, 1, "DOCUMENTS has 1025 documents, and a request may have 1024: split it"),
         ([half] * 5, 205, "has 5 documents of up to 1025 passages, and .* a smaller MAX_PASSAGES"),
@@ -495,7 +494,6 @@ def test_limits(kinds: dict[str, Kind]) -> None:
     ):
         with pytest.raises(InvalidInput, match=told):
             pairs.read(b"tea", documents, Extent(passages))
-        assert sum(protocol.passages([each.decode() for each in documents], passages, 1024)) == 1025
     for value in (0, -1, -(2**31)):
         with pytest.raises(InvalidInput, match=f"MAX_PASSAGES is {value}: send 1 or more"):
             pairs.read(b"tea", [b"a"], Extent(value))
@@ -566,7 +564,8 @@ def test_the_best_passage_counts(family: str, tmp_path: Path, sample: Sample) ->
         text = leading + documents[index]
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = whole["input_ids"], whole["offset_mapping"]
-        most = min(5, 1 + len(documents[index].encode()) // BYTES_PER_PASSAGE)
+        size = min(BYTES_PER_PASSAGE, positions // 2)
+        most = min(5, 1 + len(documents[index].encode()) // size)
         least = max(int(SHORTEST * room), positions - room - len(after))
         places = windows(text, offsets, room, most, least)
         logits = [logit(query, ids[first:last]) for first, last in places]
@@ -681,10 +680,55 @@ def test_size_counts_passages() -> None:
     assert sixteen.work == 4096 + 16 * 2048 + 4
     assert (one.documents, sixteen.documents) == (2, 17)
     assert one.memory == sixteen.memory == 3 + 100_001
-    # What is shorter is not counted in full, and a query is counted in each.
-    half = Size.of(b"q" * 100, [b"x" * 3000], 512, [16])
-    assert half.documents == 2
-    assert half.work == 4096 + 2 * 100 + 3000
+
+
+@pytest.mark.parametrize("query", ["tea", "how much tea is drunk " * 20])
+@pytest.mark.parametrize("most", [1, 3, 12, 1024])
+def test_size_is_about_what_is_read(query: str, most: int, ranker: Pipeline) -> None:
+    """In the sorts of English, of which a token is about four bytes."""
+    prose = "A cup of green tea has about thirty milligrams of caffeine, they say. "
+    for length in (100, 2500, 9000, 60_000):
+        text = (prose * 900)[:length].encode()
+        pairs = ranker.tokenizer.read(query.encode(), [text], Extent(most))
+        [tokens] = ranker.tokenizer.encode([pairs])
+        size = Size.of(query.encode(), [text], 512, pairs.passages)
+        assert size.documents == pytest.approx(len(tokens.lengths), rel=0.35)
+        assert size.work - 4096 == pytest.approx(4 * tokens.lengths.sum(), rel=0.35)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A cup of green tea has about thirty milligrams of caffeine. ",
+        "녹차 한 잔에는 카페인이 삼십 밀리그램쯤 들어 있다. ",
+        "緑茶一杯には約三十ミリグラムのカフェインが含まれている。",
+        '{"id": 1, "x": [0.5, 1.25], "name": "a"}, ',
+    ],
+)
+def test_all_of_a_long_text_is_read(text: str, kinds: dict[str, Kind]) -> None:
+    for name, kind in kinds.items():
+        read = kind.read(text * 100, 1024)
+        assert not read.passages["truncated"].any(), name
+        few = kind.read(text * 100, 2)
+        assert few.passages["truncated"].all(), name
+        assert len(few.lengths) == 2
+        assert few.lengths.tolist() == [MOST, MOST] or few.lengths[0] > 0.8 * MOST
+
+
+def test_windows_of_a_plain_text() -> None:
+    """Words of four characters, ten a sentence: by hand."""
+    text = " ".join(["word"] * 9 + ["end."]) + " "
+    offsets = [(5 * i, 5 * i + 4) for i in range(100)]
+    cut = partial(windows, text * 10, offsets)
+    assert cut(100, 9) == [(0, 100)]
+    assert cut(40, 1) == [(0, 40)]
+    # As long as fit: 40 tokens, of which a sentence ends at 40, and 5 to 10 in common.
+    assert cut(40, 9, 40) == [(0, 40), (30, 70), (60, 100)]
+    # In three that have all of it: 100 / (1 + 2 × 0.75) = 40; and in two, what fits.
+    assert cut(60, 3) == [(0, 40), (30, 70), (60, 100)]
+    assert cut(40, 2) == [(0, 40), (30, 70)]
+    # No shorter than 20, of which an eighth is two; no sentence ends near 38, but a word.
+    assert cut(60, 99, 20)[:2] == [(0, 20), (18, 38)]
 
 
 # Through the server.

@@ -100,7 +100,8 @@ class PairCache:
 
 def _keys(model: Model, query: str, documents: Sequence[str], options: Options) -> list[bytes]:
     """A digest a pair. The query's length tells where it ends and the document begins."""
-    extent = f"{model.revision} {options.max_passages} {options.max_document_tokens}"
+    most = 1 if options.max_passages is None else options.max_passages
+    extent = f"{model.revision} {most} {options.max_document_tokens}"
     start = blake2b(extent.encode(), digest_size=16)
     encoded = query.encode()
     start.update(len(encoded).to_bytes(8, "little") + encoded)

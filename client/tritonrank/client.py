@@ -132,9 +132,9 @@ class RerankClient:
     ) -> Ranking:
         try:
             limit = self._passage_limit(deadline)
-            sizes = protocol.passages(documents, options.max_passages, limit)
-            options = replace(options, bulk=options.bulk or sum(sizes) > limit)
-            parts = protocol.parts(documents, sizes, options.bulk, limit)
+            usual = protocol.usual_passages(documents, options.max_passages)
+            options = replace(options, bulk=options.bulk or usual > limit)
+            parts = protocol.parts(documents, options, limit)
             calls: list[Any] = []
             try:
                 for _, texts in parts:

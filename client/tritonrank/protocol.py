@@ -98,9 +98,13 @@ COLUMNS = (
 #: The index that it starts at, and its documents.
 Part = tuple[int, Sequence[str]]
 
-#: A document counts for a passage for each so many bytes that are begun, and one, so that its count
-#: is known before it is tokenized; as the server has it.
+#: The most passages of a request, whatever is asked for.
+MOST_PASSAGES = 1024
+#: A document has no more than one, and one for each so many of its bytes: by the server's own rule
+#: for models of 256 tokens, and twice as many as by that for those of 512.
 BYTES_PER_PASSAGE = 128
+#: Ordinary texts have fewer: with most models, so many bytes are the shortest.
+USUAL_BYTES_PER_PASSAGE = 512
 
 
 @dataclass(frozen=True)
@@ -121,28 +125,32 @@ class Options:
 
 
 def passages(
-    documents: Sequence[str], max_passages: int | None, limit: int | None = None
+    documents: Sequence[str], max_passages: int | None, size: int = BYTES_PER_PASSAGE
 ) -> list[int]:
-    """The most passages of each document, by its size, and of a request."""
-    most = max(1, max_passages or 1)
-    most = most if limit is None else min(most, limit)
+    """The most passages of each document, if one has so many bytes."""
+    most = min(max(1, max_passages or 1), MOST_PASSAGES)
     if most == 1:
         return [1] * len(documents)
-    return [min(most, 1 + len(text.encode()) // BYTES_PER_PASSAGE) for text in documents]
+    return [min(most, 1 + len(text.encode()) // size) for text in documents]
 
 
-def parts(documents: Sequence[str], sizes: Sequence[int], bulk: bool, limit: int) -> list[Part]:
+def usual_passages(documents: Sequence[str], max_passages: int | None) -> int:
+    """How many passages all of them are expected to have."""
+    return sum(passages(documents, max_passages, USUAL_BYTES_PER_PASSAGE))
+
+
+def parts(documents: Sequence[str], options: Options, limit: int) -> list[Part]:
     """The parts of a call, about even: within the server's limit, for a bulk call small ones.
 
     No document gives one empty part: it is for the server to refuse it.
 
     Args:
         documents: all.
-        sizes: the passages of each.
-        bulk: whether parts are to be small.
+        options: of the call.
         limit: the most passages of a request.
     """
-    most, total = min(limit, BULK_PASSAGES) if bulk else limit, sum(sizes)
+    sizes = passages(documents, options.max_passages)
+    most, total = min(limit, BULK_PASSAGES) if options.bulk else limit, sum(sizes)
     even = -(-total // max(1, -(-total // most)))
     starts, filled = [0], 0
     for i, size in enumerate(sizes):

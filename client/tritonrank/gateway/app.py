@@ -27,7 +27,7 @@ from ..errors import (
     RerankTimeoutError,
     ServerUnavailableError,
 )
-from ..protocol import Model, Ranking, merge, passages
+from ..protocol import Model, Ranking, merge, usual_passages
 from . import dialects, static
 from .dialects import Answered, Call, Dialect
 from .fields import InvalidField
@@ -63,7 +63,7 @@ TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gateway takes. A document counts once for each passage that it may have.
+    """What the gateway takes. A document counts once for each passage that it is expected to have.
 
     Attributes:
         body_bytes: of a request.
@@ -208,11 +208,11 @@ class Gateway:
             seen.documents = len(call.documents)
             name = self._name(call)
             call.refuse_short_lengths(self._model)
-            count = sum(passages(call.documents, self._most(call)))
+            count = usual_passages(call.documents, self._most(call))
             if count > self._limits.documents:
                 raise InvalidField(
                     dialect.documents,
-                    f"has {len(call.documents)} of up to {count} passages, and a request may have "
+                    f"has {len(call.documents)} of about {count} passages, and a request may have "
                     f"{self._limits.documents}: split it, or let documents have fewer passages",
                 )
             answered = await self._ranked(request, seen, call, count, name)

@@ -20,6 +20,7 @@ from .fields import (
     integer,
     several,
     share,
+    shown,
     string,
     strings,
     text,
@@ -82,8 +83,8 @@ class Call:
             if model and length < model.max_length:
                 raise InvalidField(
                     name,
-                    f"is {length}, and only the model cuts texts, at {model.max_length} tokens of "
-                    "query and document: leave it out",
+                    f"is {shown(length)}, and only the model cuts texts, at {model.max_length} "
+                    "tokens of query and document: leave it out",
                 )
 
     def refuse_unmet(self, ranked: Documents) -> None:
@@ -98,8 +99,8 @@ class Call:
             raise InvalidField(
                 self.whole,
                 f"forbids to cut, and document {min(cut)} with its query has more tokens than are "
-                "read, or the server does not tell: shorten it, let it be cut, or have it read in "
-                "more passages by max_passages",
+                "read, or the server does not tell: shorten it, let it be cut, send a larger "
+                "max_passages, or leave out what limits its tokens",
             )
         if self.span_threshold is not None and any(each.passage is None for each in ranked):
             raise InvalidField("relevant_spans", "is not supported by the server: leave it out")
@@ -251,7 +252,8 @@ def _call(body: Body, **others: Any) -> Call:
     if overlap and overlap > MOST_OVERLAP:
         raise InvalidField(
             "overlap_tokens",
-            f"is {overlap}, and the server chooses what passages have in common: leave it out",
+            f"is {shown(overlap)}, and the server chooses what passages have in common: leave it "
+            "out",
         )
     lengths = {name: integer(body, name, least) for name, least in LENGTHS.items()}
     return Call(

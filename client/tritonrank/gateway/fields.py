@@ -38,7 +38,7 @@ def boolean(body: Mapping[str, Any], name: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise InvalidField(name, f"is {_shown(value)}: send true or false")
+        raise InvalidField(name, f"is {shown(value)}: send true or false")
     return value
 
 
@@ -50,7 +50,7 @@ def integer(body: Mapping[str, Any], name: str, least: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidField(name, f"is {_shown(value)}: send an integer of {least} or more")
+        raise InvalidField(name, f"is {shown(value)}: send an integer of {least} or more")
     return value
 
 
@@ -60,14 +60,14 @@ def share(body: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InvalidField(name, f"is {_shown(value)}: send a number from 0 to 1")
+        raise InvalidField(name, f"is {shown(value)}: send a number from 0 to 1")
     return value
 
 
 def string(body: Mapping[str, Any], name: str) -> str | None:
     value = body.get(name)
     if value is not None and not isinstance(value, str):
-        raise InvalidField(name, f"is {_shown(value)}: send a string")
+        raise InvalidField(name, f"is {shown(value)}: send a string")
     return value
 
 
@@ -76,7 +76,7 @@ def strings(body: Mapping[str, Any], name: str) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise InvalidField(name, f"is {_shown(value)}: send a list of strings")
+        raise InvalidField(name, f"is {shown(value)}: send a list of strings")
     if len(value) > MOST_NAMES:
         raise InvalidField(name, f"has {len(value)}: send {MOST_NAMES} at most")
     return value
@@ -86,7 +86,7 @@ def several(body: Mapping[str, Any], name: str) -> list[Any]:
     """The items of a list, one or more."""
     value = body.get(name)
     if not isinstance(value, list):
-        told = "is missing" if value is None else f"is {_shown(value)}"
+        told = "is missing" if value is None else f"is {shown(value)}"
         raise InvalidField(name, f"{told}: send a list")
     if not value:
         raise InvalidField(name, "is empty: send at least one")
@@ -127,7 +127,7 @@ def text(value: object, name: str, rank_fields: Sequence[str] = ()) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
-        raise InvalidField(name, f"is {_shown(value)}: send a string, or an object with text")
+        raise InvalidField(name, f"is {shown(value)}: send a string, or an object with text")
     if rank_fields:
         found = {field: value[field] for field in rank_fields if field in value}
         if not found:
@@ -138,7 +138,7 @@ def text(value: object, name: str, rank_fields: Sequence[str] = ()) -> str:
         if isinstance(content, str):
             return content
         if key in value and not isinstance(content, list):
-            raise InvalidField(f"{name}.{key}", f"is {_shown(content)}: send a string")
+            raise InvalidField(f"{name}.{key}", f"is {shown(content)}: send a string")
     if isinstance(value.get("content"), list):
         return "\n".join(_part(each, f"{name}.content") for each in value["content"])
     if not value or "image" in value:
@@ -164,7 +164,7 @@ def _letter(escape: str) -> str:
     return chr(int(escape[1:], 16))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value's own name in JSON, or its kind."""
     if value is None:
         return "null"

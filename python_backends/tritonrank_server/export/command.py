@@ -130,7 +130,7 @@ def _save(graph: ir.Model, folder: Path) -> None:
 def _source(
     model: str, precision: str, staging: Path, instruction: str | None, max_length: int | None
 ) -> Source:
-    if model == "default" and precision == "int8" and not instruction and not max_length:
+    if model == "default" and precision == "int8" and not instruction and max_length is None:
         return default_model.int8_source()
     # Only here, so that the default model needs neither torch nor transformers.
     from . import checkpoint

@@ -21,12 +21,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import Overloaded
+from .passages import NEAR, OVERLAP, SHORTEST
 
 Float64 = npt.NDArray[np.float64]
 
@@ -65,16 +67,21 @@ class Size:
         cls, query: bytes, documents: Sequence[bytes], positions: int, most: Sequence[int]
     ) -> Size:
         """That of a request to a model of so many positions, with the most passages of each."""
-        lengths = [len(document) for document in documents]
         room = BYTES_PER_POSITION * positions
-        # A query takes half of the positions at most.
-        beside = max(room - len(query), room // 2)
-        passages = [min(-(-length // beside) or 1, each) for length, each in zip(lengths, most)]
-        work = OWN_WORK + sum(
-            min(count * len(query) + length, count * room)
-            for count, length in zip(passages, lengths)
-        )
-        return cls(work, sum(passages), len(query) + sum(lengths))
+        asked = min(len(query), room // 2)  # A query takes half of the positions at most.
+        lengths = [len(document) for document in documents]
+        found = [_passages(*each, asked, room - asked) for each in zip(lengths, most)]
+        work = OWN_WORK + sum(count * (asked + size) for count, size in found)
+        return cls(work, sum(count for count, _ in found), len(query) + sum(lengths))
+
+
+def _passages(length: int, most: int, query: int, room: int) -> tuple[int, float]:
+    """How many passages a document is expected to have, and the bytes of each."""
+    if length <= room or most == 1:
+        return 1, min(length, room)
+    step = 1 - OVERLAP - NEAR
+    size = min(room, max(SHORTEST * room, query, length / (1 + (most - 1) * step)))
+    return min(most, 1 + ceil((length - size) / (step * size))), size
 
 
 #: After so many seconds without an answer a scout is sent, and not before twice the time that the

@@ -16,10 +16,8 @@ import numpy as np
 #: tokens that the model reads for it, and whether any text of the document is left unread.
 PASSAGE = np.dtype([(name, "i4") for name in ("document", "start", "end", "tokens", "truncated")])
 
-#: The share of its room that a window has at least. The shorter it is, the better an answer stands
-#: out: of answers planted in long documents of other texts, the default model ranked 99 of 100
-#: above the same without them by windows of 128 tokens, and 78 by those of 512, which read a tenth
-#: less.
+#: The share of its room that a window has at least, about. The shorter it is, the better an answer
+#: stands out; what it has in common with the next counts less (loadtest/RESULTS.md).
 SHORTEST = 0.25
 #: The share of a window that it has in common with the next, at least and about.
 OVERLAP = 0.125

@@ -39,10 +39,10 @@ LONG_CHARACTERS_PER_POSITION = 2
 #: No more of any text, and of texts together, are encoded at a time: while it is, a character takes
 #: up to 700 bytes.
 CHARACTERS_AT_A_TIME = 2**20
-#: A document has no more passages than one for each so many bytes that are begun, and one: so how
-#: many a request may have is known before it is tokenized, as by the client, which splits it. That
-#: is more than any text can fill.
-BYTES_PER_PASSAGE = 128
+#: A document has no more passages than one, and one for each so many of its bytes, or for half as
+#: many as the model has positions if these are fewer: so how many a request may have is known
+#: before it is tokenized. Passages are longer then where a text has many tokens for its bytes.
+BYTES_PER_PASSAGE = 256
 
 #: Unicode's categories of what shows nothing: controls, formats and separators,
 INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -210,7 +210,8 @@ class PairTokenizer:
                 raise InvalidInput(f"MAX_{name} is {value}: send 1 or more, or leave it out")
         limit = self._max_passages
         most = min(extent.passages, limit)
-        passages = [min(most, 1 + len(text) // BYTES_PER_PASSAGE) for text in documents]
+        size = min(BYTES_PER_PASSAGE, self.max_length // 2)
+        passages = [min(most, 1 + len(text) // size) for text in documents]
         if sum(passages) > limit:
             of, remedy = "", ""
             if most > 1:
