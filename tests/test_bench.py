@@ -108,8 +108,19 @@ def test_contestants_agree_and_are_reported(
     (results / "gateway" / "cpu.json").write_text(
         json.dumps(cost | {"hardware": result["hardware"]})
     )
-    blocks = [marks.format(name, name) for name in ("benchmark", "load", "memory", "gateway")]
-    tables.write_text(f"before\n{blocks[0]}between\n{blocks[1]}{blocks[2]}{blocks[3]}after\n")
+    (results / "passages").mkdir()
+    more, scored = [0.1, 0.0, 0.2], {"pairs": 100, "right": 87, "right_by_fifth": [0.5] * 5}
+    way = {"shortest": 0.25, "overlap": 0, "near": 0.125, "passages": 8, "read": 1.25}
+    way |= {**scored, "mrr": 0.7, "more_mrr": more, "median_lost": 2.0, "more_logit": more}
+    times = [
+        {"way": "cut", "tokens": 100, "ms": 5.0},
+        {"way": "whole", "tokens": 800, "ms": 60.0},
+    ]
+    long = {"chosen_on": [way], "judged_on": [way], "cost": {"default": times}}
+    (results / "passages" / "cpu.json").write_text(json.dumps(long | of_replicas))
+    names = ("benchmark", "load", "memory", "gateway", "passages")
+    blocks = [marks.format(name, name) for name in names]
+    tables.write_text(f"before\n{blocks[0]}between\n{''.join(blocks[1:])}after\n")
     operations.write_text(marks.format("replicas", "replicas"))
     report.main(tmp_path)
     text = tables.read_text()
@@ -118,11 +129,13 @@ def test_contestants_agree_and_are_reported(
     assert row in operations.read_text()
     assert "| 4096 |" in text
     assert "| 2.0 ms | 3.5 ms | 1.5 ms | 700 requests/s |" in text
+    assert "| 0.25 of it, overlap 0, near 0.125, 8 at most | 87 of 100 | 0.50 0.50 " in text
+    assert "| default | whole | 800 | 60 | 8.00 | 12.00 | 1.50 |" in text
     assert "Left out: " in text
     assert "GPU: not measured" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    for plot in ("overview.png", "result.png", "result-latency.png"):
+    for plot in ("overview.png", "result.png", "result-latency.png", "passages/cpu.png"):
         assert (results / plot).stat().st_size > 1000
     # Without nDCG nothing is said to be equal.
     assert "not measured" in readme.read_text()
