@@ -81,11 +81,12 @@ def test_an_update_of_the_model_is_seen(
         ) as server,
         RerankClient(server.grpc_url) as plain,
     ):
+        # The address is one that gRPC has seen without a server, which all channels share.
+        while not plain.is_ready(1):
+            time.sleep(0.1)
         new = plain.rank("tea", DOCUMENTS)
         assert [each.logit for each in new] != [each.logit for each in old]
         monkeypatch.setattr("tritonrank.cache.FRESH", 0.0)
-        while not client.is_ready(1):  # It has seen that there was no server.
-            time.sleep(0.1)
         assert client.rank("tea", DOCUMENTS) == new
         assert client.rank("tea", [*DOCUMENTS, "water"]) == plain.rank("tea", [*DOCUMENTS, "water"])
         client.close()

@@ -27,6 +27,9 @@ WORDLESS = (
     "rerankers",
 )
 
+#: Which ask for passages, and for how many.
+IN_PASSAGES = {"cohere v1, objects": 10, "llama-index SiliconFlowRerank": 1024}
+
 
 @pytest.mark.parametrize("environment", CALLS)
 def test_real_clients(int8_server: EmbeddedServer, tmp_path: Path, environment: str) -> None:
@@ -40,11 +43,15 @@ def test_real_clients(int8_server: EmbeddedServer, tmp_path: Path, environment: 
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
     with RerankClient(int8_server.grpc_url) as client:
-        expected = client.rank(QUERY, DOCUMENTS)
+        rankings = {
+            most: client.rank(QUERY, DOCUMENTS, max_passages=most)
+            for most in (None, *IN_PASSAGES.values())
+        }
         with pytest.raises(InvalidRequestError, match="blank"):
             client.rank(BLANK, DOCUMENTS)
     for name, (ranking, refusal) in outcomes.items():
         logits = any(each in name for each in LOGITS)
+        expected = rankings[IN_PASSAGES.get(name)]
         scores = [[each.index, each.logit if logits else each.score] for each in expected]
         assert len(ranking) >= 2, (name, ranking)
         assert ranking == scores[: len(ranking)], (name, ranking)
