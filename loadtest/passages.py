@@ -71,13 +71,15 @@ def _by_turns(ways: dict[str, tuple[Path, int]]) -> list[Row]:
     """Medians of one request, which each way has in turn."""
     pipelines = {folder: Pipeline.of(folder, MOST) for folder, _ in ways.values()}
     words = " ".join(random.Random(0).choices(WORDS.split(), k=TOKENS))
+    texts = {each: words[: Texts(each).places(words)[TOKENS - 1][1]] for each in pipelines}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     tokens = {}
     for _ in range(TURNS):
         for way, (folder, passages) in ways.items():
-            text = words[: Texts(folder).places(words)[TOKENS - 1][1]]
             begun = time.perf_counter()
-            ranking = pipelines[folder].rank("water", [text] * DOCUMENTS, None, Extent(passages))
+            ranking = pipelines[folder].rank(
+                "water", [texts[folder]] * DOCUMENTS, None, Extent(passages)
+            )
             seconds[way].append(time.perf_counter() - begun)
             assert ranking.read
             tokens[way] = int(ranking.read.tokens.sum())
