@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import socket
 import threading
 import time
@@ -26,7 +25,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonrank import AsyncRerankClient, RerankClient, RerankError, protocol
 from tritonrank.protocol import Options
 from tritonrank_server.serving import assets
-from tritonrank_server.serving.mends import CANCELLATION, JSON, mend
+from tritonrank_server.serving.mends import MENDS, mend
 from tritonrank_server.serving.serve import EmbeddedServer
 
 SECONDS = 60
@@ -151,14 +150,17 @@ def test_who_gives_up_harms_nobody(int8_repository: Path) -> None:
 
 
 def test_only_the_known_binary_is_mended(tmp_path: Path) -> None:
-    mended = assets.tritonserver() / "bin" / "tritonserver"
-    content = bytearray(mended.read_bytes())
-    for each in (*CANCELLATION, *JSON):
+    wheel = assets.tritonserver().parents[1]
+    contents = {each.file: bytearray((wheel / each.file).read_bytes()) for each in MENDS}
+    for each in MENDS:
+        content = contents[each.file]
         assert content[each.offset :].startswith(each.after)
         content[each.offset : each.offset + len(each.before)] = each.before
-    copy = tmp_path / "tritonserver"
-    copy.write_bytes(content)
-    mend(copy)
-    assert copy.read_bytes() == mended.read_bytes()
-    with pytest.raises(ValueError, match="is not the tritonserver"):
-        mend(Path(shutil.copy("/bin/true", tmp_path)))
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    mend(tmp_path)
+    for name in contents:
+        assert (tmp_path / name).read_bytes() == (wheel / name).read_bytes()
+    with pytest.raises(ValueError, match="tritonserver is not the one"):  # It is mended already.
+        mend(tmp_path)

@@ -32,7 +32,7 @@ class Wheel:
 
 
 #: Of what is made of the wheels: caches of other releases stay as they are.
-LAYOUT = 2
+LAYOUT = 3
 
 
 def fetch(wheel: Wheel) -> Path:

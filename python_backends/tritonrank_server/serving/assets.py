@@ -16,7 +16,7 @@ def _prepare(unpacked: Path) -> None:
     own, since the libraries' RPATH is relative, to where a link lies or to what it points to.
     """
     home = unpacked / "pytriton" / "tritonserver"
-    mend(home / "bin" / "tritonserver")
+    mend(unpacked)
     for stub in home.glob("python_backend_stubs/*/triton_python_backend_stub"):
         folder = home / f"backends-{stub.parent.name}" / "python"
         folder.mkdir(parents=True)
