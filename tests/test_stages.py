@@ -125,9 +125,11 @@ def test_others_may_begin_before_the_last_document_is_done(
             beginning.result(timeout=0.2)  # Two wait for the only core.
         turns.release()
         [scoring] = beginning.result(timeout=10)
-        assert not scoring.documents[2].done()
+        waiting = pool.submit(scoring.result)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
         turns.release(2)
-        result = scoring.result()
+        result = waiting.result(timeout=10)
     assert result is not None
     assert result.logits.shape == (3,)
 
@@ -203,6 +205,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     fake.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
     fake.Logger = SimpleNamespace(log_error=lambda _: None, log_verbose=lambda _: None)
     fake.MetricFamily = MetricFamily
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     from tritonrank_server.stages import triton
 
@@ -212,11 +215,21 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.delattr(stages, "triton")
 
 
-def request(cancelled: bool = False, **tensors: Any) -> SimpleNamespace:
-    wrapped = {name: SimpleNamespace(as_numpy=lambda v=value: v) for name, value in tensors.items()}
-    return SimpleNamespace(
-        tensors=wrapped, is_cancelled=lambda: cancelled, request_id=lambda: "search-1"
-    )
+def answers_of(model: Any, *requests: dict[str, Any]) -> list[Any]:
+    """What a model sends for each request, of these tensors."""
+    answers: list[Any] = []
+
+    def request(tensors: dict[str, Any]) -> SimpleNamespace:
+        wrapped = {
+            name: SimpleNamespace(as_numpy=lambda v=value: v) for name, value in tensors.items()
+        }
+        sender = SimpleNamespace(send=lambda answer, flags: answers.append(answer))
+        return SimpleNamespace(
+            tensors=wrapped, get_response_sender=lambda: sender, request_id=lambda: "search-1"
+        )
+
+    model.execute(list(map(request, requests)))
+    return answers
 
 
 def column(*values: float) -> np.ndarray:
@@ -235,24 +248,22 @@ def test_each_request_of_a_batch_gets_its_own_answer(
     model = adapter.SorterModel()
     model.initialize(sorter(int8_repository))
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
-    answers = model.execute(
-        [
-            request(**good),
-            request(**good, TOP_K=np.int32([0])),
-            request(logits=column(np.nan), scores=column(np.nan)),
-            request(**good, cancelled=True),
-            request(logits=None),
-            request(**good, TOP_K=np.int32([1])),
-        ]
+    answers = answers_of(
+        model,
+        good,
+        {**good, "TOP_K": np.int32([0])},
+        {"logits": column(np.nan), "scores": column(np.nan)},
+        {"logits": None},
+        {**good, "TOP_K": np.int32([1])},
     )
     codes = [answer.error and answer.error.code() for answer in answers]
-    assert codes == [None, "INVALID_ARG", "INTERNAL", "CANCELLED", "INTERNAL", None]
+    assert codes == [None, "INVALID_ARG", "INTERNAL", "INTERNAL", None]
     model.finalize()
     counts = adapter.pb_utils.MetricFamily.counts
-    assert counts == {"invalid": 1, "internal": 2, "cancelled": 1}
+    assert counts == {"invalid": 1, "internal": 2}
     assert answers[0].outputs["INDICES"].tolist() == [1, 0]
-    assert answers[5].outputs["INDICES"].tolist() == [1]
-    assert "the server failed" in str(answers[4].error)
+    assert answers[4].outputs["INDICES"].tolist() == [1]
+    assert "the server failed" in str(answers[3].error)
 
 
 def test_what_fails_the_batch_fails_alone(adapter: ModuleType, int8_repository: Path) -> None:
@@ -260,15 +271,17 @@ def test_what_fails_the_batch_fails_alone(adapter: ModuleType, int8_repository: 
         def run(self, batch: Any) -> Any:
             if any(ranking["LOGITS"].max() > 9 for ranking in batch):
                 raise MemoryError
-            return batch
+            return [None if ranking["LOGITS"].max() > 7 else ranking for ranking in batch]
 
     good = {"logits": column(1, 2), "scores": column(0.1, 0.2)}
     poison = {"logits": column(10), "scores": column(1)}
     model = Picky()
     model.initialize(sorter(int8_repository))
-    answers = model.execute([request(**each) for each in (good, poison, good, poison)])
+    given_up = {"logits": column(8), "scores": column(1)}
+    answers = answers_of(model, good, poison, good, poison, given_up)
     model.finalize()
     codes = [answer.error and answer.error.code() for answer in answers]
-    assert codes == [None, "INTERNAL", None, "INTERNAL"]
+    assert codes == [None, "INTERNAL", None, "INTERNAL", "CANCELLED"]
+    assert adapter.pb_utils.MetricFamily.counts["cancelled"] == 1
     assert answers[2].outputs["INDICES"].tolist() == [1, 0]
     assert answers[1].error is not answers[3].error

@@ -20,9 +20,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from math import ceil
+from operator import add, le, sub
 from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +51,7 @@ SHARE_OF_TIMEOUT = 0.75
 OWN_SHARE_OF_TIMEOUT = 0.5
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What a request asks for.
 
     Attributes:
@@ -90,15 +92,30 @@ QUIET, SCOUT = 1.0, 60.0
 
 UNBOUNDED = Size(math.inf, math.inf, math.inf)
 
-_QUEUE = np.dtype(
-    [
-        # By the system's monotonic clock, in seconds: when all that was taken should be done, when
-        # the last answer came, and when a scout that has none by then is gone.
-        *(("until", "f8"), ("since", "f8"), ("scout", "f8")),
-        *(("pace", "f8"), ("slowest", "f8")),  # Seconds for a unit of work, and for an answer.
-        *(("taken", "f8", 3), ("answered", "f8", 3)),  # Sizes, added up.
-    ]
-)
+
+@dataclass
+class _Queue:
+    """A part of the ledger.
+
+    Attributes:
+        until, since, scout: by the system's monotonic clock, in seconds: when all that was taken
+            should be done, when the last answer came, and when a scout that has none by then is
+            gone.
+        pace, slowest: seconds for a unit of work, and for an answer.
+        taken, answered: sizes, added up.
+    """
+
+    until: float
+    since: float
+    scout: float
+    pace: float
+    slowest: float
+    taken: Size
+    answered: Size
+
+
+#: A queue in the file: as many numbers as it has, of which three are a size's.
+_LAYOUT = Struct("5d3d3d")
 
 
 class Ledger:
@@ -117,7 +134,7 @@ class Ledger:
         self._path, self._most = path, most
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.ftruncate(self._file, mmap.PAGESIZE)
-        self._queues = np.frombuffer(mmap.mmap(self._file, mmap.PAGESIZE), _QUEUE, count=2)
+        self._queues = mmap.mmap(self._file, mmap.PAGESIZE)
 
     def close(self) -> None:
         """Removes the file; those who have it go on with it."""
@@ -135,57 +152,65 @@ class Ledger:
             Overloaded: too much waits already, or more than its deadline leaves time for.
         """
         with self._locked(bulk) as queue:
-            now, pace = time.monotonic(), queue["pace"]
-            wait = max(0.0, queue["until"] - now)
+            now, pace = time.monotonic(), queue.pace
+            wait = max(0.0, queue.until - now)
             try:
                 if wait or not pace:  # Else all that was taken and has no answer is gone.
                     self._check_room(queue, size)
                 if wait and not bulk:
                     _check_deadline(wait, pace * size.work, timeout)
             except Overloaded:
-                free = max(queue["since"] + max(QUIET, 2 * queue["slowest"]), queue["scout"])
+                free = max(queue.since + max(QUIET, 2 * queue.slowest), queue.scout)
                 if now <= free or pace * size.work > QUIET:  # A long one would cost too much.
                     raise
-                queue["scout"] = now + min(timeout, SCOUT)
+                queue.scout = now + min(timeout, SCOUT)
             spent = min(pace * size.work, timeout)  # No more than that.
             units = spent / pace if pace else size.work
-            queue["taken"] += (units, size.documents, size.memory)
-            queue["until"] = now + wait + spent
-            return np.array([bulk, now, size.work, *queue["taken"]])
+            queue.taken = Size(*map(add, queue.taken, size._replace(work=units)))
+            queue.until = now + wait + spent
+            return np.array([bulk, now, size.work, *queue.taken])
 
     def strike_out(self, ticket: Float64) -> None:
         """Notes that a request has its answer, and with it all that were taken before it.
 
         How long it took, since it was taken or since the answer before, tells the server's pace.
         """
-        (bulk, taken_at, work), position = ticket[:3], ticket[3:]
+        bulk, taken_at, work, *rest = ticket.tolist()
+        position = Size(*rest)
         with self._locked(bool(bulk)) as queue:
             now = time.monotonic()
             # Whoever reaches the sorter can send one that was never given.
-            if not (taken_at <= now and 1 <= work < math.inf and position.min() >= 0):
+            if not (taken_at <= now and 1 <= work < math.inf and min(position) >= 0):
                 return
-            if not (position <= queue["taken"]).all():
+            if not all(map(le, position, queue.taken)):
                 return
-            seconds = max(0.0, now - max(queue["since"], taken_at))
-            weight = min(1.0, work / PACE_OF) if queue["pace"] else 1.0
-            queue["pace"] += weight * (seconds / work - queue["pace"])
-            queue["slowest"] = max(seconds, queue["slowest"] / 2)
-            queue["since"], queue["scout"] = now, 0
-            if position[0] > queue["answered"][0]:  # Else one that was taken later was first.
-                queue["answered"] = position
-            left = queue["taken"][0] - queue["answered"][0]
-            queue["until"] = now + queue["pace"] * left
+            seconds = max(0.0, now - max(queue.since, taken_at))
+            weight = min(1.0, work / PACE_OF) if queue.pace else 1.0
+            queue.pace += weight * (seconds / work - queue.pace)
+            queue.slowest = max(seconds, queue.slowest / 2)
+            queue.since, queue.scout = now, 0
+            if position.work > queue.answered.work:  # Else one that was taken later was first.
+                queue.answered = position
+            left = queue.taken.work - queue.answered.work
+            queue.until = now + queue.pace * left
 
     @contextmanager
-    def _locked(self, bulk: bool) -> Iterator[np.void]:
+    def _locked(self, bulk: bool) -> Iterator[_Queue]:
+        place = bulk * _LAYOUT.size
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
-            yield self._queues[int(bulk)]
+            until, since, scout, pace, slowest, *sizes = _LAYOUT.unpack_from(self._queues, place)
+            taken, answered = Size(*sizes[:3]), Size(*sizes[3:])
+            queue = _Queue(until, since, scout, pace, slowest, taken, answered)
+            yield queue
+            times = (queue.until, queue.since, queue.scout, queue.pace, queue.slowest)
+            _LAYOUT.pack_into(self._queues, place, *times, *queue.taken, *queue.answered)
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
 
-    def _check_room(self, queue: np.void, size: Size) -> None:
-        _, documents, memory = queue["taken"] - queue["answered"] + astuple(size)
+    def _check_room(self, queue: _Queue, size: Size) -> None:
+        waiting = map(sub, queue.taken, queue.answered)
+        _, documents, memory = map(add, waiting, size)
         if documents > self._most.documents or memory > self._most.memory:
             raise Overloaded(
                 f"{documents:.0f} documents with {memory / 2**20:.0f} MiB of text would wait, and "

@@ -10,9 +10,8 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,18 +57,41 @@ class Relevance:
     scores: Float32
 
 
-@dataclass(frozen=True)
 class Scoring:
-    """A request whose documents are under way, a future each of its logit and score."""
+    """A request whose documents are under way."""
 
-    work: Work
-    documents: Sequence[Future[tuple[float, float] | None]]
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._documents = list(work.tokens.documents())
+        # By position: the logit and the score, or None, or what went wrong.
+        self._found: dict[int, tuple[float, float] | Exception | None] = {}
+        self._done = threading.Event()
+
+    def score(self, session: Any, i: int) -> None:
+        """Scores a document; each is some thread's."""
+        found: tuple[float, float] | Exception | None = None
+        try:
+            if not self.work.is_given_up():
+                outputs = session.run(["logits", "scores"], self._documents[i].inputs())
+                logit, score = (each.item() for each in outputs)
+                found = logit, score
+        except Exception as error:  # For the thread that waits.
+            found = error
+        self._found[i] = found
+        if len(self._found) == len(self._documents):
+            self._done.set()
 
     def result(self) -> Relevance | None:
         """Waits for it; None if it was given up meanwhile. Raises what went wrong with it."""
-        scored = [each.result() for each in self.documents]
-        if None in scored:
-            return None
+        self._done.wait()
+        scored = []
+        for i in range(len(self._documents)):
+            found = self._found[i]
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                return None
+            scored.append(found)
         logits, scores = np.array(scored, np.float32).T
         return Relevance(logits, scores)
 
@@ -115,38 +137,44 @@ class CrossEncoder:
 
     def begin(self, batch: Sequence[Work]) -> list[Scoring]:
         """The same, but returns when no more of its documents wait than there are cores."""
-        documents = [(work, each) for work in batch for each in work.tokens.documents()]
-        session = self._wide if is_lone(batch) else self._narrow
-        begun = threading.Semaphore(0)
-        # A request after the other, so that none waits for all of its batch; of each the longest
-        # first, so that no core is left with a long document at the end.
-        whose = [i for i, work in enumerate(batch) for _ in work.tokens.lengths]
-        order = sorted(
-            range(len(documents)), key=lambda i: (whose[i], -documents[i][1].input_ids.size)
-        )
-        futures: dict[int, Future[tuple[float, float] | None]] = {}
-        for i in order:
-            pool = self._bulk_pool if documents[i][0].bulk else self._pool
-            futures[i] = pool.submit(_run, session, begun, *documents[i])
-        for _ in order[: -self._threads]:
-            begun.acquire()
-        found = iter(futures[i] for i in range(len(documents)))
-        return [Scoring(work, list(islice(found, len(work.tokens.lengths)))) for work in batch]
+        scorings = list(map(Scoring, batch))
+        if is_lone(batch):
+            scorings[0].score(self._wide, 0)
+            return scorings
+        for bulk, pool in ((False, self._pool), (True, self._bulk_pool)):
+            # A request after the other, so that none waits for all of its batch; of each the
+            # longest first, so that no core is left with a long document at the end.
+            order = [
+                (scoring, i)
+                for scoring in scorings
+                if scoring.work.bulk == bulk
+                for i in np.argsort(-scoring.work.tokens.lengths, kind="stable").tolist()
+            ]
+            if order:
+                self._score(order, pool)
+        return scorings
+
+    def _score(self, order: Sequence[tuple[Scoring, int]], pool: ThreadPoolExecutor) -> None:
+        """Returns when no more of them wait than there are cores."""
+        few_wait = threading.Event()
+        last = max(0, len(order) - self._threads - 1)
+        waiting = iter([(*each, place == last) for place, each in enumerate(order)])
+
+        def run() -> None:
+            for scoring, i, is_last in waiting:  # An iterator of a list gives each once.
+                if is_last:
+                    few_wait.set()
+                scoring.score(self._narrow, i)
+
+        for _ in order[: self._threads]:
+            pool.submit(run)
+        if len(order) > self._threads:
+            few_wait.wait()
 
 
 def is_lone(batch: Sequence[Work]) -> bool:
     """Whether the batch is one document, which has all cores."""
     return len(batch) == 1 and len(batch[0].tokens.lengths) == 1 and not batch[0].bulk
-
-
-def _run(
-    session: Any, begun: threading.Semaphore, work: Work, document: Tokens
-) -> tuple[float, float] | None:
-    begun.release()
-    if work.is_given_up():
-        return None
-    logits, scores = session.run(["logits", "scores"], document.inputs())
-    return logits.item(), scores.item()
 
 
 def _yield_to_others() -> None:

@@ -63,9 +63,13 @@ def rank(
         raise InvalidInput(f"TOP_K is {top_k}: send 1 or more, or leave it out to rank all")
     logits, scores = relevance.logits, relevance.scores
     documents = np.arange(len(logits)) if passages is None else passages["document"]
-    steps = np.diff(documents, prepend=-1)
-    alike = len(documents) == len(logits) == len(scores)
-    if not alike or steps[:1].tolist() != [1] or not np.isin(steps, (0, 1)).all():
+    # 1 at the first passage of each document, else 0.
+    steps = documents[1:] - documents[:-1]
+    if not (
+        len(documents) == len(logits) == len(scores) > 0
+        and documents[0] == 0
+        and ((steps == 0) | (steps == 1)).all()
+    ):
         raise InvalidInput(
             "passages and scores are not those of the logits: send the request to reranker"
         )
@@ -75,7 +79,7 @@ def rank(
             f"the model gave no finite logit for DOCUMENTS[{documents[finite.argmin()]}]: "
             "export it again at a higher precision"
         )
-    firsts = np.flatnonzero(steps)
+    firsts = np.concatenate(([0], steps.nonzero()[0] + 1))
     # Both sorts are stable: of equal logits the first passage counts, and the first document.
     best = np.lexsort((-logits, documents))[firsts]
     order = np.argsort(-logits[best], kind="stable")[:top_k]

@@ -1,8 +1,9 @@
 """The adapter: the only file that speaks to Triton's Python backend.
 
 A model loads in ``initialize``; its ``execute`` decodes each request, runs the stage once over all
-of them, and encodes the results. A request that fails is answered with its own error, and the rest
-of the batch goes on.
+of them, encodes the results and sends them. A request that fails is answered with its own error,
+and the rest of the batch goes on. No stage asks whether a request was cancelled: to ask is to send
+the server a message, and Triton tells a cancellation to the steps that it begins later alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -74,34 +75,55 @@ class _Stage(ABC, Generic[Decoded, Result]):
     @abstractmethod
     def encode(self, result: Result) -> dict[str, np.ndarray[Any, Any]]: ...
 
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        return list(map(self._respond, requests, self._results(requests)))
+    def count(self, result: Result) -> None:
+        """Adds a result to the stage's counters."""
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        self._answer(requests, self._results(requests))
 
     def _results(self, requests: Sequence[Any]) -> list[Any]:
-        """One a request: a result, an error, or None for one that was given up."""
-        decoded = [_attempt(self._decode, request) for request in requests]
-        good = [value for value in decoded if _is_to_run(value)]
+        """A result or an error, one a request; None for one that was given up."""
+        decoded = [_attempt(self.decode, request) for request in requests]
+        good = [value for value in decoded if not _is_error(value)]
         results = iter(self._run(good) if good else [])
-        return [next(results) if _is_to_run(value) else value for value in decoded]
+        return [value if _is_error(value) else next(results) for value in decoded]
 
     def _run(self, batch: Sequence[Decoded]) -> Sequence[Any]:
         """Results or errors, one a request; if the batch fails, each request is run alone."""
         results = _attempt(self.run, batch)
-        if not isinstance(results, pb_utils.TritonError):
+        if not _is_error(results):
             return results  # type: ignore[no-any-return]
         if len(batch) == 1:
             return [results]
         # Also an error of its own for each: Triton crashes on one that stands in two responses.
         return [_attempt(lambda one: self.run([one])[0], each) for each in batch]
 
-    def _decode(self, request: Any) -> Decoded | None:
-        return None if request.is_cancelled() else self.decode(request)
+    def _answer(self, requests: Sequence[Any], results: Iterable[Any]) -> None:
+        """Sends each request its result, and counts only then.
 
-    def _respond(self, request: Any, result: Any) -> Any:
-        if result is None:  # The client gave it up; whatever is spent on it is lost.
-            result = pb_utils.TritonError("given up by the client", pb_utils.TritonError.CANCELLED)
-        if isinstance(result, pb_utils.TritonError):
+        To count is to send the server a message and to wait until it is read, which takes as long
+        as all else that is done for a small request.
+        """
+        answered = []
+        for request, result in zip(requests, results):
+            if result is None:  # The client gave it up; whatever is spent on it is lost.
+                code = pb_utils.TritonError.CANCELLED
+                result = pb_utils.TritonError("given up by the client", code)
+            sender = request.get_response_sender()
+            send = partial(sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            _attempt(send, self._response(request, result))
+            answered.append(result)
+        for result in answered:
+            _attempt(self._count, result)
+
+    def _count(self, result: Any) -> None:
+        if _is_error(result):
             self._failures[result.code()].add(1)
+        else:
+            self.count(result)
+
+    def _response(self, request: Any, result: Any) -> Any:
+        if _is_error(result):
             internal = result.code() == pb_utils.TritonError.INTERNAL
             log = pb_utils.Logger.log_error if internal else pb_utils.Logger.log_verbose
             log(f"[request id: {request.request_id()}] {result.message()}")
@@ -111,8 +133,8 @@ class _Stage(ABC, Generic[Decoded, Result]):
         return pb_utils.InferenceResponse(outputs)
 
 
-def _is_to_run(decoded: Any) -> bool:
-    return decoded is not None and not isinstance(decoded, pb_utils.TritonError)
+def _is_error(result: Any) -> bool:
+    return isinstance(result, pb_utils.TritonError)
 
 
 def _attempt(function: Any, argument: Any) -> Any:
@@ -213,13 +235,15 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
 
     def run(self, batch: Sequence[tuple[Pairs, Float64]]) -> Sequence[tuple[Tokens, Float64]]:
         results = self._tokenizer.encode([pairs for pairs, _ in batch])
-        for tokens in results:
-            documents, firsts = np.unique(tokens.passages["document"], return_index=True)
-            self._documents.add(len(documents))
-            self._passages.add(len(tokens.lengths))
-            self._truncated.add(int(tokens.passages["truncated"][firsts].sum()))
-            self._tokens.add(int(tokens.lengths.sum()))
         return [(tokens, ticket) for tokens, (_, ticket) in zip(results, batch)]
+
+    def count(self, result: tuple[Tokens, Float64]) -> None:
+        tokens, _ = result
+        documents, firsts = np.unique(tokens.passages["document"], return_index=True)
+        self._documents.add(len(documents))
+        self._passages.add(len(tokens.lengths))
+        self._truncated.add(int(tokens.passages["truncated"][firsts].sum()))
+        self._tokens.add(int(tokens.lengths.sum()))
 
     def encode(self, result: tuple[Tokens, Float64]) -> dict[str, np.ndarray[Any, Any]]:
         tokens, ticket = result
@@ -255,20 +279,20 @@ class CrossEncoderModel(_Stage[Work, Any]):
             raise InvalidInput(
                 "lengths are not the tokens of the rows of input_ids: send the request to reranker"
             )
-        # Triton tells no step of an ensemble that its request was cancelled, but passes the timeout
-        # on. Counted from here, it bounds what is spent on a client that is gone.
+        # Counted from here, it bounds what is spent on a client that is gone.
         deadline = time.monotonic() + _timeout(request)
         return Work(tokens, lambda: time.monotonic() > deadline, _is_bulk(request))
 
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        results = self._results(requests)
+    def execute(self, requests: Sequence[Any]) -> None:
+        scorings = self._results(requests)
+        results = map(self._result, scorings)  # As each is done.
         # The first is the warm-up. Answered by another thread, it may have been what ended two of
         # some 1,500 servers at their start (boost::interprocess::lock_exception).
         first, self._warm = not self._warm, True
-        if first or is_lone([each.work for each in results if isinstance(each, Scoring)]):
-            return list(map(self._finish, requests, results))  # It has all cores.
-        self._answers.submit(self._answer, requests, results)
-        return None
+        if first or is_lone([each.work for each in scorings if isinstance(each, Scoring)]):
+            self._answer(requests, results)
+        else:
+            self._answers.submit(self._answer, requests, results)
 
     def finalize(self) -> None:
         self._answers.shutdown()
@@ -276,25 +300,21 @@ class CrossEncoderModel(_Stage[Work, Any]):
     def run(self, batch: Sequence[Work]) -> Sequence[Scoring]:
         return self._cross_encoder.begin(batch)
 
-    def _answer(self, requests: Sequence[Any], results: Sequence[Any]) -> None:
-        for request, result in zip(requests, results):
-            sender = request.get_response_sender()
-            send = partial(sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            _attempt(send, self._finish(request, result))
+    def _result(self, scoring: Any) -> Any:
+        return scoring if _is_error(scoring) else _attempt(self._relevance, scoring)
 
-    def _finish(self, request: Any, result: Any) -> Any:
-        relevance = _attempt(self._relevance, result) if isinstance(result, Scoring) else result
-        return self._respond(request, relevance)
-
-    def _relevance(self, scoring: Scoring) -> Relevance | None:
+    def _relevance(self, scoring: Scoring) -> tuple[Relevance, Tokens] | None:
         relevance = scoring.result()
-        if relevance:
-            # One document an execution: no place of it is padding.
-            self._computed.add(int(scoring.work.tokens.lengths.sum()))
-        return relevance
+        return (relevance, scoring.work.tokens) if relevance else None
 
-    def encode(self, result: Relevance) -> dict[str, np.ndarray[Any, Any]]:
-        return {"logits": result.logits[:, None], "scores": result.scores[:, None]}
+    def encode(self, result: tuple[Relevance, Tokens]) -> dict[str, np.ndarray[Any, Any]]:
+        relevance, _ = result
+        return {"logits": relevance.logits[:, None], "scores": relevance.scores[:, None]}
+
+    def count(self, result: tuple[Relevance, Tokens]) -> None:
+        _, tokens = result
+        # One document an execution: no place of it is padding.
+        self._computed.add(int(tokens.lengths.sum()))
 
 
 class SorterModel(_Stage[_Sorted, _Sorted]):

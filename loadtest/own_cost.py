@@ -1,0 +1,127 @@
+"""What the ensemble itself costs: the server with a graph that computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import onnx
+from onnx import parser
+from tritonrank import RerankClient, protocol
+from tritonrank_server.export.publish import use
+from tritonrank_server.serving.serve import EmbeddedServer, Settings
+
+from .data import Request
+
+#: Of the graph's inputs and outputs, and nothing between them: a document's logit is its length.
+IDLE = """
+<ir_version: 8, opset_import: ["": 17]>
+idle (int32[tokens] input_ids, int32[n, 1] lengths, int32[n, 1] query_lengths)
+  => (float[n, 1] logits, float[n, 1] scores)
+{ logits = Cast <to = 1> (lengths)
+  scores = Sigmoid (logits) }
+"""
+SHORT = ("green tea", ["a short document of a few words"])
+CLIENTS = (1, 16)
+#: Requests before any that count, and seconds of each measurement.
+WARM_UP, SECONDS = 50, 10.0
+
+Point = dict[str, Any]
+
+
+def own_cost(repository: Path, every: Sequence[Request]) -> list[Point]:
+    """Measures an embedded server of a copy of the repository whose graph computes nothing.
+
+    One client is tritonrank's. Several are one process that sends messages made before, and reads
+    none of their answers, so that the cores are the server's as far as can be.
+
+    Args:
+        repository: with an export, of which all but the graph is used.
+        every: the requests of many documents.
+
+    Returns:
+        A point for each number of documents and of clients: ``documents`` of a request,
+        ``clients``, ``requests``, ``requests_per_second``, and ``median_ms``, ``p99_ms`` and
+        ``largest_ms`` of a request.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(repository, Path(folder, "repository"), symlinks=True)
+        _make_idle(copy / "cross_encoder")
+        settings = Settings(copy, grpc_port=0, http_port=0, metrics_port=0)
+        with EmbeddedServer(settings) as server:
+            return [
+                _point(server.grpc_url, requests, clients)
+                for requests in ([SHORT], [(each.query, each.documents) for each in every])
+                for clients in CLIENTS
+            ]
+
+
+def _make_idle(models: Path) -> None:
+    """Publishes the export with the graph that computes nothing in its graph's place."""
+    idle = models / "export-idle"
+    idle.mkdir()
+    for name in ("export.json", "tokenizer.json"):
+        shutil.copy(models / "current" / name, idle)
+    onnx.save(parser.parse_model(IDLE), idle / "model.onnx")
+    (idle / "model.onnx.data").touch()
+    use(idle)
+
+
+def _point(url: str, requests: Sequence[tuple[str, list[str]]], clients: int) -> Point:
+    latencies = (
+        _one_client(url, requests)
+        if clients == 1
+        else asyncio.run(_several_clients(url, requests, clients))
+    )
+    milliseconds = 1000 * np.array(latencies)
+    return {
+        "documents": len(requests[0][1]),
+        "clients": clients,
+        "requests": len(latencies),
+        "requests_per_second": len(latencies) / SECONDS,
+        "median_ms": float(np.median(milliseconds)),
+        "p99_ms": float(np.quantile(milliseconds, 0.99)),
+        "largest_ms": float(milliseconds.max()),
+    }
+
+
+def _one_client(url: str, requests: Sequence[tuple[str, list[str]]]) -> list[float]:
+    latencies = []
+    turns = cycle(requests)
+    with RerankClient(url, timeout=60) as client:
+        for request in islice(turns, WARM_UP):
+            client.rank(*request)
+        end = time.perf_counter() + SECONDS
+        while (started := time.perf_counter()) < end:
+            client.rank(*next(turns))
+            latencies.append(time.perf_counter() - started)
+    return latencies
+
+
+async def _several_clients(
+    url: str, requests: Sequence[tuple[str, list[str]]], clients: int
+) -> list[float]:
+    turns = cycle(
+        protocol.request(*request, None, protocol.Options(), 60).SerializeToString()
+        for request in requests
+    )
+    latencies: list[float] = []
+    async with grpc.aio.insecure_channel(url) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        end = time.perf_counter() + SECONDS
+
+        async def client() -> None:
+            while (started := time.perf_counter()) < end:
+                await infer(next(turns))
+                latencies.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return latencies
