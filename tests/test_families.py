@@ -319,7 +319,7 @@ def test_qwen3_reads_and_scores_as_the_card_does(
         rows = ids_of_the_card(checkpoint, asked, texts, 1024, task or TASK)
         pairs = ranker.tokenizer.read(asked.encode(), [text.encode() for text in texts])
         [encoded] = ranker.tokenizer.encode([pairs])
-        assert [each.input_ids[0].tolist() for each in encoded.documents()] == rows
+        assert [each.input_ids.tolist() for each in encoded.documents()] == rows
         ranking = ranker.rank(asked, texts)
         expected = by_the_card(checkpoint, kind, rows)
         actual = ranking.logits[np.argsort(ranking.indices)]

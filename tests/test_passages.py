@@ -109,7 +109,7 @@ class Kind:
 
     def bodies(self, read: Tokens) -> list[list[int]]:
         """What stands between the query and the end, in each row."""
-        rows = [each.input_ids[0].tolist() for each in read.documents()]
+        rows = [each.input_ids.tolist() for each in read.documents()]
         start, end = int(read.query_lengths[0]), len(self.ending)
         assert all(row[:start] == rows[0][:start] for row in rows)
         assert all(row[len(row) - end :] == self.ending for row in rows)
@@ -122,7 +122,7 @@ class Kind:
             ids: list[int] = self.fast(self.prompt.after)["input_ids"]
             return ids
         read = self.read("", 1)
-        return read.input_ids[0, read.query_lengths[0] :].tolist()
+        return read.input_ids[read.query_lengths[0] :].tolist()
 
     @property
     def room(self) -> int:
@@ -425,7 +425,7 @@ def test_one_passage_is_what_transformers_reads(
     [read] = kind.pairs.encode([pairs])
     queries = [QUERY] * len(texts)
     expected = kind.fast(queries, texts, truncation="only_second", max_length=MOST)["input_ids"]
-    assert [each.input_ids[0].tolist() for each in read.documents()] == expected
+    assert [each.input_ids.tolist() for each in read.documents()] == expected
     assert read.lengths.tolist() == list(map(len, expected))
 
 

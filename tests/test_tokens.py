@@ -61,7 +61,7 @@ def test_any_template_of_special_tokens(
     for query in ("what?", "한국어 日本"):
         read = pairs.read(query.encode(), [text.encode() for text in TEXTS])
         [tokens] = pairs.encode([read])
-        rows = [each.input_ids[0].tolist() for each in tokens.documents()]
+        rows = [each.input_ids.tolist() for each in tokens.documents()]
         assert rows == [tokenizer.encode(query, text).ids for text in TEXTS]
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_tokenizer_json_is_exported(
     [tokens] = pairs.encode([read])
     query, document = own("일본의 산"), own("日本で最も高い山")
     shifted = [[each + 1 if each else 3 for each in ids] for ids in (query, document)]
-    assert tokens.input_ids[0].tolist() == [0, *shifted[0], 2, 2, *shifted[1], 2]
+    assert tokens.input_ids.tolist() == [0, *shifted[0], 2, 2, *shifted[1], 2]
 
 
 def test_a_conversion_that_reads_other_pieces_is_refused(

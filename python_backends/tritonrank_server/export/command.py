@@ -23,6 +23,7 @@ from ..stages.tokenizer import PairTokenizer
 from ..wheels import WheelError
 from . import default_model, reading
 from .compare import LIMITS, Expected, refuse_beyond_limits
+from .comparison import wordpiece
 from .frame import portable
 from .progress import bar
 from .publish import publish, sha256, staging, staging_folder
@@ -95,12 +96,13 @@ def _written(
     """
     source = _source(model, precision, folder, instruction, max_length)
     source.tokenizer.save(str(folder / TOKENIZER))
-    pairs = PairTokenizer(folder / TOKENIZER, MOST_DOCUMENTS, source.prompt)
+    fast = wordpiece(folder / TOKENIZER)
+    pairs = PairTokenizer(folder / TOKENIZER, MOST_DOCUMENTS, source.prompt, fast)
     reading.check(pairs, source)
     _say("Running the checkpoint's own model on the sample …")
     expected = Expected.of(source)
     _save(source.graph, folder)
-    libraries = ("onnx", "onnxruntime", "tokenizers")
+    libraries = ["onnx", "onnxruntime", "tokenizers"] + ["nanotoken"] * bool(fast)
     card = {
         "checkpoint": source.name,
         "precision": precision,

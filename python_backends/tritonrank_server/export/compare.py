@@ -184,12 +184,8 @@ def _together(graph: Path, batch: Sequence[Tokens]) -> Float32:
     logits = [np.zeros(len(tokens.lengths), np.float32) for tokens in batch]
     for i in range(EXECUTIONS):
         some = slice(i, None, EXECUTIONS)
-        inputs = [
-            Tokens(each.input_ids[some], each.lengths[some], each.query_lengths[some]).inputs()
-            for each in batch
-        ]
-        feed = {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]}
-        found = iter(_logits(session, feed))
+        documents = [one for each in batch for one in list(each.documents())[some]]
+        found = iter(_logits(session, Tokens.joined(documents).inputs()))
         for whole in logits:
             whole[some] = [next(found) for _ in whole[some]]
     return np.concatenate(logits)

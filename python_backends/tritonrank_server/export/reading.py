@@ -51,7 +51,7 @@ def check(pairs: PairTokenizer, source: Source) -> None:
             query = _longest_query(most, pairs)
             texts = [document.encode() for document in documents]
             [tokens] = pairs.encode([pairs.read(query.encode(), texts)])
-            read = [each.input_ids[0].tolist() for each in tokens.documents()]
+            read = [each.input_ids.tolist() for each in tokens.documents()]
             if read != source.read(query, documents):
                 raise ExportRefused(
                     f"of {script[:40]!r}, short or longer than the model's {source.max_length} "

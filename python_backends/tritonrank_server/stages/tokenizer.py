@@ -16,13 +16,16 @@ from tokenizers import Tokenizer
 from ..errors import InvalidInput
 from . import card
 from .passages import PASSAGE, SHORTEST, end_of, windows
+from .wordpiece import WordPiece
 
 Int32 = npt.NDArray[np.int32]
 #: A passage's tokens, its first and one-past-last character, whether its document is cut.
-_Read = tuple[list[int], int, int, bool]
+_Read = tuple[Int32, int, int, bool]
+#: A text's tokens, and the characters of each, where it is to be cut.
+_Encoded = tuple[Int32, Sequence[tuple[int, int]] | None]
 
-#: What fills the short rows of ``input_ids``. No token has this id, whereas the id of ``[PAD]``
-#: stands in any document that contains that text.
+#: What ``input_ids`` are filled up with. No token has this id, whereas the id of ``[PAD]`` stands
+#: in any document that contains that text.
 FILL = -1
 
 #: The share of the model's positions that a query may take; what is beyond is cut. It leaves the
@@ -62,7 +65,7 @@ class Tokens:
     """One request's pairs of its query and a passage, as the graph takes them.
 
     Attributes:
-        input_ids: INT32 [N, L], row i holds pair i's tokens, then ``FILL``.
+        input_ids: INT32 [T], the tokens of all pairs, one pair after the other.
         lengths: INT32 [N], the tokens of each pair.
         query_lengths: INT32 [N], the tokens of ``[CLS] query [SEP]`` that each pair begins with.
         passages: ``PASSAGE`` [N], what was read of which document; empty where only the graph has
@@ -75,18 +78,35 @@ class Tokens:
     passages: npt.NDArray[np.void] = field(default_factory=lambda: np.zeros(0, PASSAGE))
 
     def inputs(self) -> dict[str, Int32]:
-        """The graph's inputs: ``input_ids`` [N·L], ``lengths`` and ``query_lengths`` [N, 1]."""
+        """The graph's inputs: ``input_ids`` [T], ``lengths`` and ``query_lengths`` [N, 1]."""
         return {
-            "input_ids": self.input_ids.ravel(),
+            "input_ids": self.input_ids,
             "lengths": self.lengths[:, None],
             "query_lengths": self.query_lengths[:, None],
         }
 
+    def rows(self) -> Int32:
+        """``input_ids`` as N rows of the same length, which Triton wants of a batch of N.
+
+        INT32 [N, ceil(T / N)], the last filled up with ``FILL``: a row is no pair.
+        """
+        rows = len(self.lengths)
+        filled = np.full((rows, -(-len(self.input_ids) // rows)), FILL, np.int32)
+        filled.ravel()[: len(self.input_ids)] = self.input_ids
+        return filled
+
+    @classmethod
+    def joined(cls, several: Sequence[Tokens]) -> Tokens:
+        """The pairs of several, for the graph."""
+        columns = ((each.input_ids, each.lengths, each.query_lengths) for each in several)
+        return cls(*map(np.concatenate, zip(*columns)))
+
     def documents(self) -> Iterator[Tokens]:
-        """The same pairs one by one: N results with N = 1 and no ``FILL``."""
-        for i, length in enumerate(self.lengths):
+        """The same pairs one by one: N results with N = 1."""
+        ends = np.cumsum(self.lengths).tolist()
+        for i, (start, end) in enumerate(zip([0, *ends], ends)):
             one = slice(i, i + 1)
-            yield Tokens(self.input_ids[one, :length], self.lengths[one], self.query_lengths[one])
+            yield Tokens(self.input_ids[start:end], self.lengths[one], self.query_lengths[one])
 
 
 @dataclass(frozen=True)
@@ -158,12 +178,20 @@ class PairTokenizer:
         path: ``tokenizer.json`` of an export, with truncation set to the model's max length.
         max_passages: the most passages that a request may have.
         prompt: what the model reads besides.
+        wordpiece: the same tokenizer, where there is a faster one.
 
     Attributes:
         max_length: positions of the model.
     """
 
-    def __init__(self, path: Path, max_passages: int, prompt: Prompt = NO_PROMPT) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_passages: int,
+        prompt: Prompt = NO_PROMPT,
+        wordpiece: WordPiece | None = None,
+    ) -> None:
+        self._wordpiece = wordpiece
         self._tokenizer = Tokenizer.from_file(str(path))
         truncation = self._tokenizer.truncation
         if truncation is None:
@@ -173,14 +201,15 @@ class PairTokenizer:
         self._max_characters = CHARACTERS_PER_POSITION * self.max_length
         self._long = LONG_CHARACTERS_PER_POSITION * self.max_length
         self._prompt = prompt
-        self._prefix, self._middle, self._suffix = _pair_template(self._tokenizer, prompt)
+        self._prefix, self._middle, suffix = _pair_template(self._tokenizer, prompt)
+        self._suffix = np.array(suffix, np.int32)
         self._enable_truncation()
 
     @classmethod
     def of(cls, folder: Path, max_passages: int) -> PairTokenizer:
         """That of an export's folder."""
         prompt = Prompt(**card.read(folder).get("prompt", {}))
-        return cls(folder / "tokenizer.json", max_passages, prompt)
+        return cls(folder / "tokenizer.json", max_passages, prompt, WordPiece.of(folder))
 
     def read(self, query: bytes, documents: Sequence[bytes], extent: Extent = ONE_PASSAGE) -> Pairs:
         """Checks one request, and encodes its query.
@@ -225,7 +254,8 @@ class PairTokenizer:
 
     def _enable_truncation(self, passages: int = 1) -> None:
         """Of one token more than is read, so that what is too long shows."""
-        self._tokenizer.enable_truncation(self.max_length * passages + 1)
+        self._most = self.max_length * passages + 1
+        self._tokenizer.enable_truncation(self._most)
 
     def _encode_query(self, query: str) -> tuple[Int32, bool]:
         """With what stands around it; and whether it was cut."""
@@ -266,21 +296,16 @@ class PairTokenizer:
         query_ids = pairs.query_ids
         room = self.max_length - len(query_ids) - len(self._suffix)
         self._enable_truncation(max(pairs.passages))
-        rows, passages = [], []
+        around = len(query_ids) + len(self._suffix)
+        parts: list[Int32] = []
+        passages = []
         for i, read in enumerate(self._read_documents(pairs, room)):
             for ids, start, end, truncated in read:
-                rows.append(ids + self._suffix)
-                passages.append((i, start, end, len(query_ids) + len(rows[-1]), truncated))
+                parts += (query_ids, ids, self._suffix)
+                passages.append((i, start, end, around + len(ids), truncated))
         table = np.array(passages, PASSAGE)
         lengths = np.ascontiguousarray(table["tokens"])
-        tails = lengths - len(query_ids)
-        input_ids = np.full((len(rows), lengths.max()), FILL, np.int32)
-        input_ids[:, : len(query_ids)] = query_ids
-        # Row-major order of the mask is the order of the concatenated rows.
-        real = np.arange(tails.max()) < tails[:, None]
-        input_ids[:, len(query_ids) :][real] = np.fromiter(
-            chain.from_iterable(rows), np.int32, tails.sum()
-        )
+        input_ids = np.concatenate(parts, dtype=np.int32)
         return Tokens(input_ids, lengths, np.full_like(lengths, len(query_ids)), table)
 
     def _read_documents(self, pairs: Pairs, room: int) -> Iterator[list[_Read]]:
@@ -291,12 +316,10 @@ class PairTokenizer:
         least = max(int(SHORTEST * room), len(pairs.query_ids))
         texts = [self._prompt.leading + text for text in pairs.documents]
         every = zip(texts, self._encodings(texts, most), pairs.passages, pairs.truncated)
-        for text, encoding, passages, cut in every:
-            ids = encoding.ids
-            if len(ids) <= most:
+        for text, (ids, offsets), passages, cut in every:
+            if offsets is None:
                 yield [(ids, 0, len(text) - leading, cut)]
                 continue
-            offsets = encoding.offsets
             places = windows(text, offsets[: pairs.tokens], room, passages, least)
             is_cut = cut or places[-1][1] < len(ids)
             starts = [0, *(offsets[first][0] for first, _ in places[1:])]
@@ -308,17 +331,34 @@ class PairTokenizer:
                 for (first, last), start, end in zip(places, starts, ends)
             ]
 
-    def _encodings(self, texts: Sequence[str], most: int) -> Iterator[Any]:
+    def _encodings(self, texts: Sequence[str], most: int) -> Iterator[_Encoded]:
         """With the characters of tokens where there are more than ``most``."""
-        tokenizer, long = self._tokenizer, self._long
         for group in _groups(texts):
-            some = [text for text in group if len(text) <= long]
-            encoded = iter(tokenizer.encode_batch_fast(some, add_special_tokens=False))
-            found = [next(encoded) if len(text) <= long else None for text in group]
-            cut = [each is None or len(each) > most for each in found]
-            some = [text for text, is_cut in zip(group, cut) if is_cut]
-            encoded = iter(tokenizer.encode_batch(some, add_special_tokens=False))
-            yield from (next(encoded) if is_cut else each for is_cut, each in zip(cut, found))
+            found = self._ids(group, most + 1)
+            cut = [ids is None or len(ids) > most for ids in found]
+            some = [self._head(text) for text, is_cut in zip(group, cut) if is_cut]
+            encoded = iter(self._tokenizer.encode_batch(some, add_special_tokens=False))
+            for ids in found:
+                if ids is not None and len(ids) <= most:
+                    yield ids, None
+                    continue
+                encoding = next(encoded)
+                fits = len(encoding) <= most  # As a long text of few tokens does.
+                yield np.array(encoding.ids, np.int32), None if fits else encoding.offsets
+
+    def _ids(self, texts: Sequence[str], most: int) -> Sequence[Int32 | None]:
+        """Of each text ``most`` or more, if it has as many; None if it is expected to be cut."""
+        found = self._wordpiece.encode(texts, most) if self._wordpiece else None
+        if found:
+            return found
+        some = [text for text in texts if len(text) <= self._long]
+        encoded = iter(self._tokenizer.encode_batch_fast(some, add_special_tokens=False))
+        short = (len(text) <= self._long for text in texts)
+        return [np.array(next(encoded).ids, np.int32) if each else None for each in short]
+
+    def _head(self, text: str) -> str:
+        """As much of a text that is to be cut as is read of it, if that is known."""
+        return self._wordpiece.head(text, self._most) if self._wordpiece else text
 
 
 def _is_visible(character: str) -> bool:

@@ -248,7 +248,7 @@ class TokenizerModel(_Stage[tuple[Pairs, Float64], tuple[Tokens, Float64]]):
     def encode(self, result: tuple[Tokens, Float64]) -> dict[str, np.ndarray[Any, Any]]:
         tokens, ticket = result
         return {
-            "input_ids": tokens.input_ids,
+            "input_ids": tokens.rows(),
             "lengths": tokens.lengths[:, None],
             "query_lengths": tokens.query_lengths[:, None],
             "passages": tokens.passages.view(np.int32).reshape(len(tokens.passages), -1),
@@ -273,12 +273,12 @@ class CrossEncoderModel(_Stage[Work, Any]):
 
     def decode(self, request: Any) -> Work:
         lengths, query_lengths = _array(request, "lengths"), _array(request, "query_lengths")
-        tokens = Tokens(_array(request, "input_ids"), lengths[:, 0], query_lengths[:, 0])
-        real = (tokens.input_ids >= 0).sum(1)
-        if real.min() < 1 or not np.array_equal(real, tokens.lengths):
-            raise InvalidInput(
-                "lengths are not the tokens of the rows of input_ids: send the request to reranker"
-            )
+        filled = _array(request, "input_ids").ravel()
+        real = filled >= 0
+        ids = filled[: real.sum()]
+        if lengths.min() < 1 or lengths.sum() != len(ids) or not real[: len(ids)].all():
+            raise InvalidInput("lengths are not those of input_ids: send the request to reranker")
+        tokens = Tokens(ids, lengths[:, 0], query_lengths[:, 0])
         # Counted from here, it bounds what is spent on a client that is gone.
         deadline = time.monotonic() + _timeout(request)
         return Work(tokens, lambda: time.monotonic() > deadline, _is_bulk(request))
