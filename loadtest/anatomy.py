@@ -41,7 +41,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
         ``limit`` by the rate of matrix products alone, and ``real_tokens`` as a share of the places
         of each request padded to its longest document.
     """
-    tokenizer = PairTokenizer(folder / "tokenizer.json", 1024)
+    tokenizer = PairTokenizer.of(folder, 1024)
     direct = session(folder / "model.onnx")
     score: Callable[[Tokens], object]
     if GPU:
@@ -81,7 +81,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     graph, request = np.array(parts["graph"]), np.array(parts["request"])
     # What the machine can do at its best moment: its speed drifts.
     best = {name: max(each[name] for each in limits) for name in limits[0]}
-    places = sum(tokens.input_ids.size for tokens in encoded)
+    places = sum(tokens.lengths.size * tokens.lengths.max() for tokens in encoded)
     rate = len(every[0].documents) / (float(np.median(graph)) / 1000)
     stages = _stages(before, after, float(np.mean(request)))
     return {

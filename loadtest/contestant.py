@@ -76,7 +76,7 @@ def packed(folder: Path) -> Score:
     """The ragged graph, all documents of a request in one execution, as Triton's backend does."""
     from tritonrank_server.stages.tokenizer import PairTokenizer
 
-    tokenizer = PairTokenizer(folder / "tokenizer.json", max_passages=1024)
+    tokenizer = PairTokenizer.of(folder, max_passages=1024)
     graph = session(folder / "model.onnx")
 
     def score(query: str, documents: list[str]) -> Any:
@@ -138,9 +138,9 @@ def openvino(models: Path) -> Score:
 
         queue.set_callback(keep)
         order = np.argsort(-tokens.lengths, kind="stable")
+        every = list(tokens.documents())
         for batch in np.split(order, range(few, len(order), few)):
-            ids, lengths = tokens.input_ids[batch], tokens.lengths[batch]
-            part = Tokens(ids, lengths, tokens.query_lengths[batch])
+            part = Tokens.joined([every[i] for i in batch])
             queue.start_async(part.inputs(), batch)
         queue.wait_all()
         return logits

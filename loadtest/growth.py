@@ -108,9 +108,9 @@ def _point(tokenizer: PairTokenizer, request: tuple[str, list[str]], seconds: fl
     tokens = int(encoded.lengths.sum())
     return {
         "documents": len(documents),
-        "longest": encoded.input_ids.shape[1],
+        "longest": int(encoded.lengths.max()),
         "tokens": tokens,
-        "places_padded_to_longest": encoded.input_ids.size,
+        "places_padded_to_longest": encoded.lengths.size * int(encoded.lengths.max()),
         "ms": 1000 * seconds,
         "us_a_token": 1e6 * seconds / tokens,
     }

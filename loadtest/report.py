@@ -131,6 +131,7 @@ def markdown(result: Result, name: str) -> str:
     parts += _anatomy(result["anatomy"]) if "anatomy" in result else []
     parts += _growth(result["growth"]) if "growth" in result else []
     parts += _delay(result["queue_delay"]) if "queue_delay" in result else []
+    parts += _own_cost(result["own_cost"]) if "own_cost" in result else []
     return "\n\n".join(parts)
 
 
@@ -164,7 +165,7 @@ def _anatomy(anatomy: dict[str, Any]) -> list[str]:
         f"(medians). By Triton's own statistics, {100 * anatomy['overhead']:.1f} % of it is spent "
         "outside the scorer's stage (means):",
         _table(["where the time goes", "ms"], stages),
-        f"- The tokenizer stage has {tokenizer['share_of_bare_rate']:.2f} of the rate of a bare "
+        f"- The tokenizer stage has {tokenizer['share_of_bare_rate']:.2g} × the rate of a bare "
         "batch call of `tokenizers` over the same documents (median of the ratios).\n"
         f"- A lone document takes {single['triton_ms']:.1f} ms through Triton, and "
         f"{single['direct_ms']:.1f} ms when ONNX Runtime is called directly: "
@@ -225,6 +226,19 @@ def _delay(points: list[dict[str, Any]]) -> list[str]:
         for point in points
     ]
     return ["What a queue delay buys on this machine, median of three turns:", _table(head, rows)]
+
+
+def _own_cost(points: list[dict[str, Any]]) -> list[str]:
+    head = ["documents", "clients", "requests/s", "median ms", "99 % within ms", "largest ms"]
+    keys = ("documents", "clients", "requests_per_second", "median_ms", "p99_ms", "largest_ms")
+    rows = [[_figure(point[key]) for key in keys] for point in points]
+    return [
+        "The ensemble's own cost: an embedded server on this machine with a graph that computes "
+        "nothing, so that all of it is for transport, tokenizing, sorting, and calling the graph "
+        "once a document. One client is tritonrank's; 16 are one process that sends messages made "
+        "before.",
+        _table(head, rows),
+    ]
 
 
 def _figure(value: float) -> str:

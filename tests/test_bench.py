@@ -15,7 +15,7 @@ from conftest import start
 from tritonrank import RerankClient
 from tritonrank_server.serving.serve import EmbeddedServer
 
-from loadtest import bench, contestant, data, growth, report
+from loadtest import bench, contestant, data, growth, own_cost, report
 from loadtest.anatomy import anatomy
 from loadtest.bench import Contestant
 from loadtest.data import Request
@@ -245,3 +245,19 @@ def test_queue_delay(
     assert [point["clients"] for point in points] == [1, 8]
     assert points[0]["median_ms"] > 200  # It was waited for.
     assert config.read_text() == before
+
+
+def test_the_ensembles_own_cost(
+    monkeypatch: pytest.MonkeyPatch, int8_repository: Path, sample: list[tuple[str, list[str]]]
+) -> None:
+    monkeypatch.setattr(own_cost, "SECONDS", 0.5)
+    published = (int8_repository / "cross_encoder" / "current").readlink()
+    every = [Request(query, texts, [], []) for query, texts in sample]
+    points = own_cost.own_cost(int8_repository, every)
+    shapes = [(point["documents"], point["clients"]) for point in points]
+    assert shapes == [(1, 1), (1, 16), (12, 1), (12, 16)]
+    for point in points:
+        assert point["median_ms"] <= point["p99_ms"] <= point["largest_ms"]
+        assert point["requests"] >= point["clients"]
+    assert (int8_repository / "cross_encoder" / "current").readlink() == published
+    assert "nothing" in report._own_cost(points)[0]
