@@ -668,6 +668,21 @@ def test_table_is_cut_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(header) - len("document") + 20 < wide <= 60
 
 
+def test_table_tells_what_was_read() -> None:
+    part = RankedDocument(0, 0.5, 0, "some tea", truncated=False, passage=(5, 8))
+    cut = RankedDocument(1, 0.5, 0, "some tea", truncated=True, passage=(0, 4))
+    whole = RankedDocument(2, 0.5, 0, "some tea", truncated=False, passage=(0, 8))
+    query_cut = RankedDocument(3, 0.5, 0, "some tea", truncated=True, passage=(0, 8))
+    lines = format_table([part, cut, whole, query_cut]).splitlines()
+    texts = ["[5:8] tea", "[0:4, cut] some", "some tea", "[0:8, cut] some tea"]
+    assert [line.split(maxsplit=4)[4] for line in lines[1:]] == texts
+    assert [each.read for each in (part, cut, whole)] == [
+        {"start": 5, "end": 8},
+        {"start": 0, "end": 4, "truncated": True},
+        None,
+    ]
+
+
 def test_rank_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "documents.txt"
     file.write_text("a\n\n긴 문서\r\nunit\u2028separator", encoding="utf-8")

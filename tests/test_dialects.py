@@ -302,6 +302,10 @@ def test_the_passage_and_the_spans_are_told(client: httpx.Client, triton: Rerank
         }
         assert ANSWER.strip() in LONG[told[0]["start"] : told[0]["end"]]
         assert not any("relevant_spans" in each for each in results)
+        results = client.post(path, json={**body, "max_passages": 1}).json()["results"]
+        told = {each["index"]: each["passage"] for each in results if "passage" in each}
+        assert all(passage["truncated"] is True for passage in told.values())
+        assert told[0]["start"] == 0
     for spans, threshold in (
         ({"mode": "enabled"}, 0.1),
         ({"mode": "enabled", "threshold": 0, "max_spans": 3}, 0),

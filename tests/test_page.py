@@ -469,11 +469,13 @@ def test_the_same_call_has_the_passages(page: Page, language: str) -> None:
 
 
 def test_a_passage_that_is_short_is_not_all(page: Page) -> None:
-    result = {"index": 0, "relevance_score": 0.5, "passage": {"start": 0, "end": 5}}
+    passage = {"start": 0, "end": 5, "truncated": True}
+    result = {"index": 0, "relevance_score": 0.5, "passage": passage}
     page.route(CALL, lambda route: route.fulfill(json={"model": "a", "results": [result]}))
     fill(page, QUERY, ["a 🍵 b <b>c</b>"])
     rank(page)
     assert shown(page) == ["a 🍵 b"]
+    expect(page.locator(".number")).to_have_text("document 1, read in part")
     page.get_by_role("button", name="Show all").click()
     assert shown(page) == ["a 🍵 b <b>c</b>"]
     expect(page.locator("mark")).to_have_text("a 🍵 b")

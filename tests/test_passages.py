@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 from tritonrank import RankedDocument, RerankClient, protocol
+from tritonrank.cli import main
 from tritonrank.protocol import Options
 from tritonrank_server.errors import InvalidInput, InvalidOutput
 from tritonrank_server.export.command import export
@@ -39,6 +41,7 @@ from tritonrank_server.stages.passages import (
     PASSAGE,
     SENTENCE,
     SHORTEST,
+    SHORTEST_TOKENS,
     WORD,
     end_of,
     windows,
@@ -234,7 +237,7 @@ def check(kind: Kind, text: str, passages: int, tokens: int | None = None) -> To
     part = text[: CHARACTERS_PER_POSITION * MOST * passages]
     ids, offsets = kind.whole(part)
     room, leading = kind.room, len(kind.prompt.leading)
-    least = max(int(SHORTEST * room), int(read.query_lengths[0]))
+    least = max(int(SHORTEST * room), SHORTEST_TOKENS, int(read.query_lengths[0]))
     places = windows(kind.prompt.leading + part, offsets[:tokens], room, passages, least)
     assert kind.bodies(read) == [ids[first:last] for first, last in places]
     check_places(places, offsets[:tokens], room, passages, least)
@@ -346,6 +349,22 @@ def test_windows_of_any_tokens(
         offsets += [(start, end)] * source.choice([1, 1, 1, 3, 12])
     text = "".join(source.choices('ab .\n"、。', k=end + 2))
     check_places(windows(text, offsets, room, most, least), offsets, room, most, least)
+
+
+def test_short_models_have_no_tiny_windows(
+    int8_repository: Path, tmp_path: Path, sample: Sample
+) -> None:
+    published = int8_repository / "cross_encoder" / "current" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(published))
+    tokenizer.enable_truncation(128)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pairs = PairTokenizer(tmp_path / "tokenizer.json", 100)
+    text = " ".join(sample[0][1] * 9).encode()
+    [read] = pairs.encode([pairs.read(b"tea", [text], Extent(100))])
+    windows = read.lengths - read.query_lengths - 1
+    assert len(windows) > 10
+    assert windows[:-1].min() >= 64 - 64 // 8
+    assert windows[:-1].max() <= 64
 
 
 @KINDS
@@ -566,7 +585,7 @@ def test_the_best_passage_counts(family: str, tmp_path: Path, sample: Sample) ->
         ids, offsets = whole["input_ids"], whole["offset_mapping"]
         size = min(BYTES_PER_PASSAGE, positions // 2)
         most = min(5, 1 + len(documents[index].encode()) // size)
-        least = max(int(SHORTEST * room), positions - room - len(after))
+        least = max(int(SHORTEST * room), SHORTEST_TOKENS, positions - room - len(after))
         places = windows(text, offsets, room, most, least)
         logits = [logit(query, ids[first:last]) for first, last in places]
         best.append(int(np.argmax(logits)))
@@ -896,3 +915,15 @@ def test_the_client_splits_by_passages(
     expected = by_the_pipeline(unsplit, "a cup of tea", texts, Extent(10))
     assert columns(client.rank("a cup of tea", texts, max_passages=10)) == expected
     assert any(each[2][0] > 0 for each in expected)
+
+
+def test_the_command_line_cuts_documents(
+    int8_server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "documents.txt"
+    file.write_text("green tea in the morning\ntea\n")
+    rank = ["rank", "tea", str(file), "--url", int8_server.grpc_url, "--json"]
+    for options, truncated in ([], False), (["--max-document-tokens", "2"], True):
+        assert main([*rank, *options]) == 0
+        told = {each["index"]: each["truncated"] for each in json.loads(capsys.readouterr().out)}
+        assert told == {0: truncated, 1: False}

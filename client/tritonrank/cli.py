@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="read what does not fit the model in up to P passages, and show the best",
     )
+    rank.add_argument(
+        "--max-document-tokens", type=int, metavar="T", help="read T tokens of a document at most"
+    )
     rank.add_argument("--json", action="store_true", help="print JSON in place of a table")
     rank.add_argument(
         "--url",
@@ -132,7 +135,11 @@ def _rank(arguments: argparse.Namespace) -> int:
         documents = _lines(arguments.file)
         with RerankClient(url, timeout=arguments.timeout, tls=tls_or_none) as client:
             ranking = client.rank(
-                arguments.query, documents, arguments.top_k, max_passages=arguments.max_passages
+                arguments.query,
+                documents,
+                arguments.top_k,
+                max_passages=arguments.max_passages,
+                max_document_tokens=arguments.max_document_tokens,
             )
     except (RerankError, OSError, ValueError) as error:
         print(f"tritonrank: {error}", file=sys.stderr)

@@ -42,7 +42,7 @@ def from_rpc(error: grpc.RpcError, proxy: str | None) -> RerankError:
     code, details = error.code(), error.details() or error.code().name
     details = details.removeprefix("in ensemble 'reranker', ")  # Triton's word for where it was.
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        details = "no ranking before the deadline: pass a longer timeout, or fewer documents"
+        details = "no ranking before the deadline: pass a longer timeout, or less to read"
     kind = _TYPES.get(code, RerankError)
     if proxy and kind in (ServerUnavailableError, RerankTimeoutError):
         details += f" (by way of the proxy {proxy}; to go past it, name the host in no_proxy)"

@@ -51,6 +51,17 @@ class RankedDocument:
     truncated: bool | None = None
     passage: tuple[int, int] | None = None
 
+    @property
+    def read(self) -> dict[str, int | bool] | None:
+        """What was read of it as answers of others are told: None where it was all, or is unknown.
+
+        ``start`` and ``end`` of the passage, and ``truncated`` where text was left unread.
+        """
+        if self.passage is None or (self.passage == (0, len(self.document)) and not self.truncated):
+            return None
+        told: dict[str, int | bool] = dict(zip(("start", "end"), self.passage))
+        return told | ({"truncated": True} if self.truncated else {})
+
 
 @dataclass(frozen=True)
 class Model:

@@ -16,13 +16,14 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def format_table(ranking: Sequence[RankedDocument]) -> str:
     """Rank, score, logit, index and text, a line each, cut to the terminal's width.
 
-    The text is the passage that gave the logit, after its characters where it is not all.
+    The text is the passage that gave the logit, after its characters where it is not all, and
+    ``cut`` where not all of the document was read.
     """
     lines = ["rank   score    logit  index  document"]
     room = max(20, shutil.get_terminal_size().columns - len(lines[0]) + len("document"))
     for rank, each in enumerate(ranking, 1):
         start, end = each.passage or (0, len(each.document))
-        place = f"[{start}:{end}] " if (start, end) != (0, len(each.document)) else ""
+        place = f"[{start}:{end}{', cut' if each.truncated else ''}] " if each.read else ""
         words = " ".join(each.document[start:end].split())
         text = _cut(place + CONTROL.sub("\N{REPLACEMENT CHARACTER}", words), room)
         lines.append(f"{rank:4}  {each.score:.4f}  {each.logit:7.3f}  {each.index:5}  {text}")

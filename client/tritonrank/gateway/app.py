@@ -243,7 +243,11 @@ class Gateway:
         except InvalidRequestError as error:
             raise InvalidField("the request", f"was refused: {error}") from error
         except RerankTimeoutError as error:
-            raise _Refused(504, f"no ranking within {self._limits.seconds:g} s: {error}") from error
+            raise _Refused(
+                504,
+                f"no ranking within {self._limits.seconds:g} s: send fewer documents, or fewer "
+                "passages of them, or start the gateway with a longer --timeout",
+            ) from error
         except ServerUnavailableError as error:
             if await self._is_ready(anew=True):
                 raise _busy(str(error)) from error

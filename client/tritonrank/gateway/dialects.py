@@ -94,13 +94,15 @@ class Call:
             InvalidField: the call forbids to cut texts, and one was cut, or may have been; or it
                 asks for spans, and the server does not tell passages.
         """
-        cut = [each.index for each in ranked if each.truncated is not False]
+        cut = sorted(each.index for each in ranked if each.truncated is not False)
         if self.whole and cut:
+            several = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            limit = ", or a larger max_tokens_per_doc" if self.max_document_tokens else ""
             raise InvalidField(
                 self.whole,
-                f"forbids to cut, and document {min(cut)} with its query has more tokens than are "
-                "read, or the server does not tell: shorten it, let it be cut, send a larger "
-                "max_passages, or leave out what limits its tokens",
+                f"forbids to cut, and of document {cut[0]}{several} with the query not all is "
+                "read, or the server does not tell: shorten it, let it be cut, or send a larger "
+                f"max_passages{limit}",
             )
         if self.span_threshold is not None and any(each.passage is None for each in ranked):
             raise InvalidField("relevant_spans", "is not supported by the server: leave it out")
@@ -161,16 +163,12 @@ class Answered:
 
         In code points of the text that was read.
         """
-        told: dict[str, Any] = {}
-        if each.passage is None:
-            return told
-        passage = dict(zip(("start", "end"), each.passage))
-        if each.passage != (0, len(each.document)):
-            told["passage"] = passage
+        told: dict[str, Any] = {"passage": each.read} if each.read else {}
         threshold = self.call.span_threshold
-        if threshold is not None:
-            score = self.share(each)
-            told["relevant_spans"] = [{**passage, "score": score}] if score >= threshold else []
+        if threshold is not None and each.passage is not None:
+            start, end = each.passage
+            span = {"start": start, "end": end, "score": self.share(each)}
+            told["relevant_spans"] = [span] if span["score"] >= threshold else []
         return told
 
     def document(self, each: RankedDocument) -> dict[str, Any]:

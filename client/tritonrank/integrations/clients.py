@@ -12,9 +12,7 @@ from .. import TLS, AsyncRerankClient, RankedDocument, RerankClient
 
 def about(document: RankedDocument) -> dict[str, Any]:
     """What its metadata are told of what was read: ``relevant_passage``, where it is not all."""
-    if document.passage in (None, (0, len(document.document))):
-        return {}
-    return {"relevant_passage": dict(zip(("start", "end"), document.passage))}
+    return {"relevant_passage": document.read} if document.read else {}
 
 
 class Clients:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Overloaded
-from .passages import NEAR, OVERLAP, SHORTEST
+from .passages import NEAR, OVERLAP, SHORTEST, SHORTEST_TOKENS
 
 Float64 = npt.NDArray[np.float64]
 
@@ -82,7 +82,8 @@ def _passages(length: int, most: int, query: int, room: int) -> tuple[int, float
     if length <= room or most == 1:
         return 1, min(length, room)
     step = 1 - OVERLAP - NEAR
-    size = min(room, max(SHORTEST * room, query, length / (1 + (most - 1) * step)))
+    shortest = max(SHORTEST * room, SHORTEST_TOKENS * BYTES_PER_POSITION, query)
+    size = min(room, max(shortest, length / (1 + (most - 1) * step)))
     return min(most, 1 + ceil((length - size) / (step * size))), size
 
 

@@ -19,6 +19,8 @@ PASSAGE = np.dtype([(name, "i4") for name in ("document", "start", "end", "token
 #: The share of its room that a window has at least, about. The shorter it is, the better an answer
 #: stands out; what it has in common with the next counts less (loadtest/RESULTS.md).
 SHORTEST = 0.25
+#: Nor has it fewer tokens than a few sentences do, if as many fit.
+SHORTEST_TOKENS = 64
 #: The share of a window that it has in common with the next, at least and about.
 OVERLAP = 0.125
 #: How far before a window's last place a sentence's end is looked for, or a word's; likewise before

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidInput
 from . import card
-from .passages import PASSAGE, SHORTEST, end_of, windows
+from .passages import PASSAGE, SHORTEST, SHORTEST_TOKENS, end_of, windows
 from .wordpiece import WordPiece
 
 Int32 = npt.NDArray[np.int32]
@@ -313,7 +313,7 @@ class PairTokenizer:
         leading = len(self._prompt.leading)
         most = min(room, pairs.tokens or room)
         # With a shorter one, the query would take more of the time than the document.
-        least = max(int(SHORTEST * room), len(pairs.query_ids))
+        least = max(int(SHORTEST * room), SHORTEST_TOKENS, len(pairs.query_ids))
         texts = [self._prompt.leading + text for text in pairs.documents]
         every = zip(texts, self._encodings(texts, most), pairs.passages, pairs.truncated)
         for text, (ids, offsets), passages, cut in every:
