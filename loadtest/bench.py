@@ -112,6 +112,8 @@ def contestants(url: str | None) -> list[Contestant]:
             Contestant("peer:openvino-int8", "peers", f"{own}, OpenVINO INT8", own),
             Contestant("flashrank:", "peers", "plain ONNX Runtime, INT8 as published"),
             Contestant("openvino:", "peers", "our FP32 graph, OpenVINO for engine", own),
+            Contestant("openvino:int8", "peers", "our graph, OpenVINO INT8 (NNCF)", own),
+            Contestant("ctranslate2:", "peers", "our tokens, CTranslate2 INT8", "ctranslate2"),
         ]
     if url:
         name = f"triton:{url}"

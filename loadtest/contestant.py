@@ -29,6 +29,11 @@ import numpy.typing as npt
 
 #: With the names of the instructions it has.
 CPU = Path("/proc/cpuinfo").read_text()
+#: Whose versions are told.
+PACKAGES = (
+    *("ctranslate2", "infinity-emb", "nncf", "onnxruntime", "openvino"),
+    *("sentence-transformers", "torch"),
+)
 #: Query and documents → an array or a list of their logits.
 Score = Callable[[str, list[str]], Any]
 
@@ -113,23 +118,46 @@ def triton(url: str) -> Score:
     return score
 
 
-def openvino(models: Path) -> Score:
-    """The FP32 ragged graph in OpenVINO, in bf16 where the CPU has it, 8 documents a core."""
-    import openvino
-
+def our_tokens(models: Path) -> Callable[[str, list[str]], Any]:
+    """Our tokenizer, in an environment that has not installed it."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "python_backends"))
-    from tritonrank_server.stages.tokenizer import PairTokenizer, Tokens
+    from tritonrank_server.stages.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer(models / "int8" / "tokenizer.json", max_passages=1024)
-    cores, few = len(os.sched_getaffinity(0)), 8
+
+    def encode(query: str, documents: list[str]) -> Any:
+        pairs = tokenizer.read(query.encode(), [document.encode() for document in documents])
+        return tokenizer.encode([pairs])[0]
+
+    return encode
+
+
+def batches(tokens: Any, few: int) -> list[npt.NDArray[np.int64]]:
+    """The places of its pairs, so many of similar lengths together, the longest first."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    return np.split(order, range(few, len(order), few))
+
+
+def openvino(models: Path, precision: str) -> Score:
+    """The FP32 ragged graph in OpenVINO, in bf16 where the CPU has it, 8 documents a core.
+
+    Or quantised by NNCF, and one document a core: OpenVINO compiles its INT8 kernels anew for each
+    number of tokens, of which documents alone soon have had all, and several together never.
+    """
+    encode = our_tokens(models)
+    import openvino
+    from tritonrank_server.stages.tokenizer import Tokens
+
+    int8 = precision == "int8"
+    cores, few = len(os.sched_getaffinity(0)), 1 if int8 else 8
     options = {"NUM_STREAMS": str(cores), "INFERENCE_NUM_THREADS": str(cores)}
     if "avx512_bf16" in CPU:
         options["INFERENCE_PRECISION_HINT"] = "bf16"
-    compiled = openvino.Core().compile_model(str(models / "fp32" / "model.onnx"), "CPU", options)
+    graph = by_nncf(models, encode) if int8 else models / "fp32" / "model.onnx"
+    compiled = openvino.Core().compile_model(str(graph), "CPU", options)
 
     def score(query: str, documents: list[str]) -> Any:
-        pairs = tokenizer.read(query.encode(), [document.encode() for document in documents])
-        [tokens] = tokenizer.encode([pairs])
+        tokens = encode(query, documents)
         logits = np.zeros(len(documents))
         queue = openvino.AsyncInferQueue(compiled, cores)
 
@@ -137,12 +165,70 @@ def openvino(models: Path) -> Score:
             logits[batch] = request.get_tensor("logits").data[:, 0]
 
         queue.set_callback(keep)
-        order = np.argsort(-tokens.lengths, kind="stable")
         every = list(tokens.documents())
-        for batch in np.split(order, range(few, len(order), few)):
-            part = Tokens.joined([every[i] for i in batch])
-            queue.start_async(part.inputs(), batch)
+        for batch in batches(tokens, few):
+            queue.start_async(Tokens.joined([every[i] for i in batch]).inputs(), batch)
         queue.wait_all()
+        return logits
+
+    if int8:  # Every number of tokens that passages have, on each core.
+        score("water", ["water " * count for count in range(1, 256) for _ in range(cores)])
+    return score
+
+
+def by_nncf(models: Path, encode: Callable[[str, list[str]], Any]) -> Path:
+    """The FP32 ragged graph, weights and activations in INT8; made once for each export."""
+    import nncf
+    import openvino
+
+    path = models / f"{(models / 'fp32').resolve().name}-nncf.xml"
+    if not path.exists():
+        lines = (models / "calibration" / "train.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        # The beginning of another passage for a query.
+        queries = [" ".join(text.split()[:6]) for text in texts]
+        pairs = zip(queries[1:], texts)
+        calibration = [encode(query, [text]).inputs() for query, text in pairs]
+        graph = nncf.quantize(
+            openvino.Core().read_model(str(models / "fp32" / "model.onnx")),
+            nncf.Dataset(calibration),
+            model_type=nncf.ModelType.TRANSFORMER,
+        )
+        openvino.save_model(graph, str(path), compress_to_fp16=False)
+    return path
+
+
+def ctranslate2(models: Path) -> Score:
+    """The checkpoint in CTranslate2, INT8, 4 documents of similar lengths a core."""
+    encode = our_tokens(models)
+    import ctranslate2
+    from safetensors.numpy import load_file
+
+    folder = models / "ctranslate2"
+    if not folder.exists():
+        converter = ctranslate2.converters.TransformersConverter(str(models / "checkpoint"))
+        converter.convert(str(folder), quantization="int8")
+    weights = load_file(models / "checkpoint" / "model.safetensors")
+    weight, bias = weights["classifier.weight"][0], weights["classifier.bias"][0]
+    cores, few = len(os.sched_getaffinity(0)), 4
+    encoder = ctranslate2.Encoder(
+        str(folder), compute_type="int8", inter_threads=cores, intra_threads=1
+    )
+    pool = ThreadPoolExecutor(cores)
+
+    def score(query: str, documents: list[str]) -> Any:
+        tokens = encode(query, documents)
+        every = list(tokens.documents())
+        logits = np.zeros(len(documents))
+
+        def run(batch: npt.NDArray[np.int64]) -> None:
+            ids = [every[i].input_ids.tolist() for i in batch]
+            first = int(tokens.query_lengths[0])
+            types = [[0] * first + [1] * (len(each) - first) for each in ids]
+            output = encoder.forward_batch(ids, token_type_ids=types)
+            logits[batch] = np.array(output.pooler_output) @ weight + bias
+
+        list(pool.map(run, batches(tokens, few)))
         return logits
 
     return score
@@ -254,7 +340,9 @@ def make(name: str, models: Path) -> Score:
     if kind == "triton":
         return triton(variant)
     if kind == "openvino":
-        return openvino(models)
+        return openvino(models, variant)
+    if kind == "ctranslate2":
+        return ctranslate2(models)
     if kind == "infinity":
         return infinity(models)
     if kind == "transformers":
@@ -274,10 +362,8 @@ def main() -> None:
         return time.perf_counter() - started, logits
 
     timed(("warm up", ["one document", "another " * 40]))
-    names = ("infinity-emb", "onnxruntime", "openvino", "sentence-transformers", "torch")
-    print(
-        json.dumps({name: v for name in names if (v := _version(name))}), file=answers, flush=True
-    )
+    versions = {name: v for name in PACKAGES if (v := _version(name))}
+    print(json.dumps(versions), file=answers, flush=True)
     with ThreadPoolExecutor(clients) as pool:
         for line in sys.stdin:
             requests = [(query, documents) for query, documents in json.loads(line)]

@@ -1,4 +1,7 @@
-"""What the machine allows: a model's matrix products alone, in ONNX Runtime."""
+"""What ONNX Runtime allows on a machine: a model's matrix products alone.
+
+Other code may be faster: on a Zen 4, once, these had 0.72 of what its INT8 instructions gave.
+"""
 
 from __future__ import annotations
 

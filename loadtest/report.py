@@ -184,9 +184,10 @@ def _limit(limit: dict[str, Any]) -> str:
         if f"{precision}_pairs_per_second" in limit
     ]
     return (
-        f"- The machine's limit: the products of a pair of {limit['tokens']:.0f} tokens by all "
-        f"layers' weights are {limit['gflop']:.1f} GFLOP. One after another, with nothing between "
-        f"them, they run {', and '.join(rates)}. The whole reaches {100 * limit['reached']:.0f} % "
+        "- The limit of ONNX Runtime's own products, not of the processor's instructions: those of "
+        f"a pair of {limit['tokens']:.0f} tokens by all layers' weights are {limit['gflop']:.1f} "
+        "GFLOP. One after another, with nothing between them, they run "
+        f"{', and '.join(rates)}. The whole reaches {100 * limit['reached']:.0f} % "
         "of the latter, though it leaves out most of the last layer's."
     )
 

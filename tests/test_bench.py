@@ -208,6 +208,7 @@ def test_the_share_of_what_a_gpu_allows(
     # Twelve layers, of which each multiplies a token by 12 · 384² weights.
     assert found["gflop"] == 12 * 2 * found["tokens"] * 12 * 384**2 / 1e9
     text = report._limit(found)
+    assert "ONNX Runtime's own products, not of the processor's" in text
     assert "in FP32" in text
     assert "in FP16" in text
 
