@@ -43,12 +43,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     """
     tokenizer = PairTokenizer.of(folder, 1024)
     direct = session(folder / "model.onnx")
-    score: Callable[[Tokens], object]
-    if GPU:
-        precision, score = "fp16", lambda tokens: direct.run(None, tokens.inputs())
-    else:
-        scorer = CrossEncoder(folder / "model.onnx")
-        precision, score = "int8", lambda tokens: scorer.score([Work(tokens)])
+    precision, score = graph_alone(folder, direct)
     bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
     bare.no_truncation()
     encoded = [encode(tokenizer, each.query, each.documents) for each in every]
@@ -57,7 +52,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     limits: list[dict[str, float]] = []
     single: dict[str, list[float]] = {"direct": [], "triton": []}
     with RerankClient(url, timeout=600) as client:
-        counted = _statistics(url)["reranker"]["count"]
+        counted = statistics(url)["reranker"]["count"]
         client.rank(every[0].query, every[0].documents)
         before = _settled_statistics(url, counted + 1)
         for each, tokens in zip(every, encoded):
@@ -83,7 +78,7 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     best = {name: max(each[name] for each in limits) for name in limits[0]}
     places = sum(tokens.lengths.size * tokens.lengths.max() for tokens in encoded)
     rate = len(every[0].documents) / (float(np.median(graph)) / 1000)
-    stages = _stages(before, after, float(np.mean(request)))
+    stages = stages_of(before, after, float(np.mean(request)))
     return {
         "documents": len(every[0].documents),
         "request_ms": float(np.median(request)),
@@ -105,6 +100,14 @@ def anatomy(url: str, folder: Path, every: Sequence[Request]) -> dict[str, Any]:
     }
 
 
+def graph_alone(folder: Path, direct: Any) -> tuple[str, Callable[[Tokens], object]]:
+    """What this machine serves: the precision, and what scores, without a server."""
+    if GPU:
+        return "fp16", lambda tokens: direct.run(None, tokens.inputs())
+    scorer = CrossEncoder(folder / "model.onnx")
+    return "int8", lambda tokens: scorer.score([Work(tokens)])
+
+
 def encode(tokenizer: PairTokenizer, query: str, documents: Sequence[str]) -> Tokens:
     """One request, as the first stage has it."""
     pairs = tokenizer.read(query.encode(), [text.encode() for text in documents])
@@ -122,16 +125,16 @@ Statistics = dict[str, dict[str, float]]
 
 def _settled_statistics(url: str, requests: float) -> Statistics:
     """Those with so many requests, which Triton counts a moment after it has answered."""
-    previous, found = None, _statistics(url)
+    previous, found = None, statistics(url)
     for _ in range(50):  # Not for ever, since the server may have other clients.
         if found["reranker"]["count"] >= requests and found == previous:
             break
         time.sleep(0.1)
-        previous, found = found, _statistics(url)
+        previous, found = found, statistics(url)
     return found
 
 
-def _statistics(url: str) -> Statistics:
+def statistics(url: str) -> Statistics:
     """Milliseconds and requests since the start, of each model, from Triton."""
     with triton.InferenceServerClient(url) as client:
         every = {
@@ -150,7 +153,7 @@ def _statistics(url: str) -> Statistics:
     }
 
 
-def _stages(before: Statistics, after: Statistics, request_ms: float) -> dict[str, float]:
+def stages_of(before: Statistics, after: Statistics, request_ms: float) -> dict[str, float]:
     """Mean milliseconds of a request, by what it waits for; they sum to ``request_ms``."""
     requests = after["reranker"]["count"] - before["reranker"]["count"]
 

@@ -58,6 +58,7 @@ class Contestant:
         environment: folder of the virtual environment it runs in; default, this one's.
         clients: how many requests it is given at a time.
         share: of how many requests, and how many documents of each, where all would take too long.
+        models: what it loads from; default, what ``prepare`` writes.
         seconds: what it took for each group of so many requests.
         latencies, logits: what it took for each request, and found.
     """
@@ -68,10 +69,16 @@ class Contestant:
     environment: str | None = None
     clients: int = 1
     share: tuple[int | None, int | None] = (None, None)
+    models: Path | None = None
     seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     logits: list[list[float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """What it took and found so far."""
+        for found in (self.seconds, self.latencies, self.logits):
+            found.clear()
 
     def work(self, every: Sequence[Request]) -> list[list[tuple[str, list[str]]]]:
         """Its requests, in groups of as many as it has clients; a smaller rest is left out."""
@@ -184,7 +191,7 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
     folder = contestant.environment
     python = str(PEERS / folder / "bin" / "python") if folder else sys.executable
     log = MODELS / f"{contestant.label.replace('/', ' ')}.log"
-    arguments = [contestant.name, str(MODELS), str(contestant.clients)]
+    arguments = [contestant.name, str(contestant.models or MODELS), str(contestant.clients)]
     command = [*DYING_WITH_PARENT, python, str(HERE / "contestant.py"), *arguments]
     with (
         log.open("w") as errors,
@@ -221,8 +228,14 @@ def running(contestant: Contestant) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> list[str]:
-    """Gives every contestant its requests, in turns; gives the failures, a line each."""
+def measure(
+    all_contestants: Sequence[Contestant], every: Sequence[Request], warm: bool = GPU
+) -> list[str]:
+    """Gives every contestant its requests, in turns; gives the failures, a line each.
+
+    When it is to be warm, all of them run once before any counts: a GPU's libraries load kernels,
+    or plan, for shapes that they have not met.
+    """
     failures = []
     with ExitStack() as stack:
         started = []
@@ -233,8 +246,11 @@ def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> 
             except (OSError, RuntimeError) as error:
                 failures.append(str(error))
                 _say(f"Left out: {error}")
-        for turn in range(len(every)):
+        for turn in [*range(len(every))] * (1 + warm):
             _say(f"Request {turn + 1} of {len(every)} …")
+            if turn == 0:
+                for contestant, _ in started:
+                    contestant.forget()
             for contestant, process in list(started):
                 groups = contestant.work(every)
                 if turn < len(groups):
@@ -244,7 +260,7 @@ def measure(all_contestants: Sequence[Contestant], every: Sequence[Request]) -> 
                         failures.append(f"{contestant.label}: stopped at request {turn + 1}")
                         _say(f"Left out: {failures[-1]} ({error})")
                         started.remove((contestant, process))
-                        contestant.seconds.clear()
+                        contestant.forget()
     return failures
 
 
@@ -285,8 +301,8 @@ def row(contestant: Contestant, every: Sequence[Request], reference: Contestant)
         "label": contestant.label,
         "table": contestant.table,
         "clients": contestant.clients,
-        "pairs_per_second": _spread(rates),
-        "latency_ms": _spread([1000 * seconds for seconds in contestant.latencies]),
+        "pairs_per_second": spread(rates),
+        "latency_ms": spread([1000 * seconds for seconds in contestant.latencies]),
         "requests": len(contestant.logits),
         "pairs": len(errors),
         "largest_logit_error": max(errors),
@@ -301,7 +317,8 @@ def row(contestant: Contestant, every: Sequence[Request], reference: Contestant)
     return result
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Their median and range."""
     return {
         "median": float(np.median(values)),
         "min": float(np.min(values)),

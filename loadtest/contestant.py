@@ -271,7 +271,7 @@ def sentence_transformers(models: Path, variant: str) -> Score:
     from sentence_transformers import CrossEncoder
 
     checkpoint = str(models / "checkpoint")
-    backend, _, precision = variant.partition("-")
+    backend, _, precision = variant.removesuffix("-compiled").partition("-")
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     options: dict[str, Any] = (
         {"model_kwargs": {"dtype": dtypes[precision]}} if precision in dtypes else {}
@@ -294,6 +294,8 @@ def sentence_transformers(models: Path, variant: str) -> Score:
                 )
             name = {"onnx": "model_int8.onnx", "openvino": "openvino_model_int8.xml"}[backend]
             model = CrossEncoder(folder, backend=backend, model_kwargs={"file_name": name})
+    if variant.endswith("-compiled"):
+        model.compile(dynamic=True)  # Not that of model.model, which it does not call.
     raw = torch.nn.Identity()
 
     def score(query: str, documents: list[str]) -> Any:

@@ -133,14 +133,14 @@ def _concurrent(url: str, every: Sequence[Request], clients: int) -> Point:
                 latencies.append(1000 * (time.perf_counter() - started))
 
         client.rank(*requests[0])
-        before = _executions(url)
+        before = executions(url)
         started = time.perf_counter()
         list(pool.map(rank, requests))
         elapsed = time.perf_counter() - started
     return {
         "clients": clients,
         "requests": len(requests),
-        "executions": _executions(url) - before,
+        "executions": executions(url) - before,
         "refused": len(requests) - len(latencies),
         "pairs_per_second": FEW * len(latencies) / elapsed,
         "median_ms": float(np.median(latencies)),
@@ -148,7 +148,8 @@ def _concurrent(url: str, every: Sequence[Request], clients: int) -> Point:
     }
 
 
-def _executions(url: str) -> int:
+def executions(url: str) -> int:
+    """Of the scorer, since the start."""
     with triton.InferenceServerClient(url) as client:
         return int(client.get_inference_statistics("cross_encoder").model_stats[0].execution_count)
 

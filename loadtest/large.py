@@ -7,6 +7,7 @@ depend on them; the vocabulary is made, of pieces that share beginnings as real 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import resource
 import subprocess
@@ -21,6 +22,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from .bench import new_repository
+from .data import WORDS
 from .memory import memory, show
 from .workloads import sample
 
@@ -72,6 +74,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_LONGER = SHAPES["bge-reranker-large"][1] | {"max_position_embeddings": 8194}
+SHAPES["bge-reranker-v2-m3"] = ("XLMRoberta", _LONGER)
 #: Characters of the vocabulary: ASCII, Hangul, kana and Chinese characters.
 CHARACTERS = [
     chr(each)
@@ -98,13 +102,19 @@ def write_checkpoint(name: str, folder: Path) -> int:
     model.get_input_embeddings().weight.data.mul_(4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Its class, by the name that transformers 4 knows as well, which peers have.
+    config_json = folder / "tokenizer_config.json"
+    named = json.loads(config_json.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config_json.write_text(json.dumps(named))
     return 4 * int(model.num_parameters())
 
 
 def _tokenizer(size: int) -> Tokenizer:
-    """A Unigram model: special tokens, the sample's words, characters, and pieces made of them."""
+    """A Unigram model: special tokens, words of the sample and of generated text, characters, and
+    pieces made of them.
+    """
     source = random.Random(0)
-    texts = [text for request in sample() for text in request.documents]
+    texts = [text for request in sample() for text in request.documents] + [WORDS]
     words = [f"▁{word}" for text in texts for word in text.split()]
     scores = dict.fromkeys(SPECIAL, 0.0) | dict.fromkeys(words, -6.0)
     scores |= dict.fromkeys(["▁", *CHARACTERS], -12.0)

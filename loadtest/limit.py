@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -30,7 +30,9 @@ _KINDS: dict[str, tuple[str, type[np.generic], str]] = {
 _RUNS, _TIMES = 10, 3
 
 
-def limit(tokens: int, precisions: Sequence[str]) -> dict[str, float]:
+def limit(
+    tokens: int, precisions: Sequence[str], config: Mapping[str, Any] = CONFIG
+) -> dict[str, float]:
     """The rates of a pair's matrix products, one after another and nothing between them.
 
     They are those of every layer's weights: query, key, value and output [h, h], and the two of the
@@ -40,17 +42,19 @@ def limit(tokens: int, precisions: Sequence[str]) -> dict[str, float]:
     Args:
         tokens: of a pair.
         precisions: ``fp32``, ``fp16`` (on a GPU), ``int8`` (on a CPU).
+        config: of the checkpoint; default, the default model's.
 
     Returns:
         ``tokens``, ``gflop`` of a pair, and of each precision ``…_gflop_per_second`` and
         ``…_pairs_per_second``.
     """
     pairs, lanes = (100, 1) if GPU else (1, len(os.sched_getaffinity(0)))
-    flop = sum(2 * tokens * k * n for k, n in _shapes())
+    shapes, positions = _shapes(config), config["max_position_embeddings"]
+    flop = sum(2 * tokens * k * n for k, n in shapes)
     result = {"tokens": tokens, "gflop": flop / 1e9}
-    ids = np.arange(pairs * tokens) % CONFIG["max_position_embeddings"]
+    ids = np.arange(pairs * tokens) % positions
     for precision in precisions:
-        products = _products(precision)
+        products = _products(precision, shapes, positions)
 
         def lane(_: int, products: Any = products) -> None:
             for _ in range(_RUNS):
@@ -68,14 +72,14 @@ def limit(tokens: int, precisions: Sequence[str]) -> dict[str, float]:
     return result
 
 
-def _shapes() -> list[tuple[int, int]]:
-    hidden, wide = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    layer = [(hidden, hidden)] * 4 + [(hidden, wide), (wide, hidden)]
-    return layer * int(CONFIG["num_hidden_layers"])
+def _shapes(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    layer = ((hidden, hidden),) * 4 + ((hidden, wide), (wide, hidden))
+    return layer * int(config["num_hidden_layers"])
 
 
 @cache
-def _products(precision: str) -> Any:
+def _products(precision: str, shapes: tuple[tuple[int, int], ...], positions: int) -> Any:
     """``ids`` INT64 [m] → rows of a table → all products → one number, so that none is copied."""
     kind, dtype, product = _KINDS[precision]
     random = np.random.default_rng(0)
@@ -88,16 +92,15 @@ def _products(precision: str) -> Any:
         return numpy_helper.from_array(values.astype(dtype), name)
 
     weight = np.int8 if precision == "int8" else dtype
-    constants = [constant(f"w{i}", shape, weight) for i, shape in enumerate(_shapes())]
-    rows = (CONFIG["max_position_embeddings"], CONFIG["hidden_size"])
-    constants.append(constant("table", rows, dtype))
+    constants = [constant(f"w{i}", shape, weight) for i, shape in enumerate(shapes)]
+    constants.append(constant("table", (positions, shapes[0][0]), dtype))
     if precision == "int8":
         for name, one in (("one", np.float32(1)), ("zero", np.uint8(0)), ("zeros", np.int8(0))):
             constants.append(numpy_helper.from_array(np.array(one), name))
     lines = ["x0 = Gather (table, ids)"]
-    for i in range(len(_shapes())):
+    for i in range(len(shapes)):
         lines.append(f"x{i + 1} = {product.format(x=f'x{i}', w=f'w{i}')}")
-    lines.append(f"y = ReduceMax <keepdims = 0> (x{len(_shapes())})")
+    lines.append(f"y = ReduceMax <keepdims = 0> (x{len(shapes)})")
     model = parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]>'
         f"products (int64[m] ids) => ({kind} y) {{ {' '.join(lines)} }}"

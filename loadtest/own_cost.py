@@ -76,11 +76,7 @@ def _make_idle(models: Path) -> None:
 
 
 def _point(url: str, requests: Sequence[tuple[str, list[str]]], clients: int) -> Point:
-    latencies = (
-        _one_client(url, requests)
-        if clients == 1
-        else asyncio.run(_several_clients(url, requests, clients))
-    )
+    latencies = _one_client(url, requests) if clients == 1 else _latencies(url, requests, clients)
     milliseconds = 1000 * np.array(latencies)
     return {
         "documents": len(requests[0][1]),
@@ -106,22 +102,28 @@ def _one_client(url: str, requests: Sequence[tuple[str, list[str]]]) -> list[flo
     return latencies
 
 
-async def _several_clients(
-    url: str, requests: Sequence[tuple[str, list[str]]], clients: int
-) -> list[float]:
+def _latencies(url: str, requests: Sequence[tuple[str, list[str]]], clients: int) -> list[float]:
+    end = time.perf_counter() + SECONDS
+    times = asyncio.run(several_clients(url, requests, clients, end))
+    return [finished - started for started, finished in times]
+
+
+async def several_clients(
+    url: str, requests: Sequence[tuple[str, list[str]]], clients: int, end: float
+) -> list[tuple[float, float]]:
+    """When each request was sent and answered, by ``perf_counter``; after the end none is sent."""
     turns = cycle(
-        protocol.request(*request, None, protocol.Options(), 60).SerializeToString()
+        protocol.request(*request, None, protocol.Options(), 600).SerializeToString()
         for request in requests
     )
-    latencies: list[float] = []
+    times: list[tuple[float, float]] = []
     async with grpc.aio.insecure_channel(url) as channel:
         infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        end = time.perf_counter() + SECONDS
 
         async def client() -> None:
             while (started := time.perf_counter()) < end:
                 await infer(next(turns))
-                latencies.append(time.perf_counter() - started)
+                times.append((started, time.perf_counter()))
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    return latencies
+    return times

@@ -326,6 +326,65 @@ def load_tests(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def gpu(folder: Path) -> str:
+    """The graph alone, and how much of its rate is left under load, on each machine."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu/*.json"))]
+    return "\n\n".join(map(_under_load, results)) or "Not measured."
+
+
+def _under_load(result: Result) -> str:
+    parts = [
+        f"### {_machine(result)}, under load",
+        f"{result['precision'].upper()}, {result['data']}, commit {result['commit']}.",
+    ]
+    for name, model in result["models"].items():
+        limit = model["limit"][f"{result['precision']}_pairs_per_second"]
+        best = max(point["pairs_per_second"] for point in model["alone"])
+        alone = [
+            [point["documents"], _number(point["ms"]), *_shares(point, limit)]
+            for point in model["alone"]
+        ]
+        parts += [
+            f"{name}, the graph alone; the limit is ONNX Runtime's products', {_number(limit)} "
+            f"pairs/s of {model['limit']['tokens']:.0f} tokens:",
+            _table(["documents", "ms", "pairs/s", "of the limit", "GPU busy"], alone),
+        ]
+        every, left_out = model.get("clients", []), model.get("left_out", [])
+        points = [point for point in every if "left_out" not in point]
+        if points:
+            head = ["clients", "pairs/s", "of the limit", "GPU busy", "of the graph's best"]
+            head += ["median ms", "99 % within ms", "pairs an execution", *points[0]["stages"]]
+            rows = [_loaded(point, limit, best) for point in points]
+            parts += [
+                "Through Triton, requests of 100 documents; the last columns are where a request's "
+                "mean time goes, in ms, and how much of a core the busiest of the sending "
+                "processes took:",
+                _table([*head, "sender"], rows),
+            ]
+        rates = [[label, _number(rate["median"])] for label, rate in model.get("peers", {}).items()]
+        parts += [_table(["peer, one client", "pairs/s"], rates)] if rates else []
+        left_out = [
+            *(f"{p['clients']} clients: {p['left_out']}" for p in every if p not in points),
+            *left_out,
+        ]
+        parts += ["Left out: " + "; ".join(left_out) + "."] if left_out else []
+    return "\n\n".join(parts)
+
+
+def _shares(point: Row, limit: float) -> list[str]:
+    rate = point["pairs_per_second"]
+    busy = f"{point['gpu_percent']:.0f} %" if "gpu_percent" in point else ""
+    return [_number(rate), f"{100 * rate / limit:.0f} %", busy]
+
+
+def _loaded(point: Row, limit: float, best: float) -> list[object]:
+    of_best = f"{100 * point['pairs_per_second'] / best:.0f} %"
+    times = [point["median_ms"], point["p99_ms"], point["pairs_an_execution"]]
+    times += point["stages"].values()
+    sender = f"{100 * point['busiest_sender']:.0f} %"
+    return [point["clients"], *_shares(point, limit), of_best, *map(_number, times), sender]
+
+
 def replicas(result: Result) -> str:
     """Of each way to reach several servers."""
     hardware = result["hardware"]
@@ -479,6 +538,7 @@ def main(root: Path = ROOT) -> None:
     draw(machines, folder)
     write(root / "README.md", "figures", figures(machines.values()))
     write(root / "loadtest" / "RESULTS.md", "benchmark", benchmark(machines))
+    write(root / "loadtest" / "RESULTS.md", "gpu", gpu(folder))
     write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
     write(root / "loadtest" / "RESULTS.md", "memory", memory(folder))
     write(root / "loadtest" / "RESULTS.md", "gateway", gateway(folder))

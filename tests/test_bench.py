@@ -15,7 +15,7 @@ from conftest import start
 from tritonrank import RerankClient
 from tritonrank_server.serving.serve import EmbeddedServer
 
-from loadtest import bench, contestant, data, growth, own_cost, report
+from loadtest import bench, contestant, data, gpu, growth, own_cost, report
 from loadtest.anatomy import anatomy
 from loadtest.bench import Contestant
 from loadtest.data import Request
@@ -118,7 +118,7 @@ def test_contestants_agree_and_are_reported(
     ]
     long = {"chosen_on": [way], "judged_on": [way], "cost": {"default": times}}
     (results / "passages" / "cpu.json").write_text(json.dumps(long | of_replicas))
-    names = ("benchmark", "load", "memory", "gateway", "passages")
+    names = ("benchmark", "gpu", "load", "memory", "gateway", "passages")
     blocks = [marks.format(name, name) for name in names]
     tables.write_text(f"before\n{blocks[0]}between\n{''.join(blocks[1:])}after\n")
     operations.write_text(marks.format("replicas", "replicas"))
@@ -133,6 +133,7 @@ def test_contestants_agree_and_are_reported(
     assert "| default | whole | 800 | 60 | 8.00 | 12.00 | 1.50 |" in text
     assert "Left out: " in text
     assert "GPU: not measured" in text
+    assert "Not measured." in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     for plot in ("overview.png", "result.png", "result-latency.png", "passages/cpu.png"):
@@ -262,3 +263,44 @@ def test_the_ensembles_own_cost(
         assert point["requests"] >= point["clients"]
     assert (int8_repository / "cross_encoder" / "current").readlink() == published
     assert "nothing" in report._own_cost(points)[0]
+
+
+def test_a_gpu_under_load(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    int8_repository: Path,
+    sample: list[tuple[str, list[str]]],
+) -> None:
+    monkeypatch.setattr(gpu, "MODELS", tmp_path)
+    monkeypatch.setattr(gpu, "WARM", 0.5)
+    monkeypatch.setattr(gpu, "SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "requests", lambda _: [Request(*each, [], []) for each in sample])
+    monkeypatch.setattr(gpu, "peers", lambda *_: {"peers": {}, "left_out": ["a peer: why"]})
+    folder = tmp_path / "default-int8"
+    shutil.copytree(int8_repository, folder / "repository", symlinks=True)
+    (folder / "checkpoint").mkdir()
+    config = json.dumps(gpu.default_model.CONFIG | {"num_hidden_layers": 1})
+    (folder / "checkpoint" / "config.json").write_text(config)
+    # One that writes what NVIDIA's does, until it is stopped.
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 40; echo '[N/A]'; echo 60; exec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
+    output = tmp_path / "loadtest" / "gpu" / "cpu.json"
+    options = ["--models", "default", "--documents", "1", "3", "--clients", "1", "5"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *options, "--output", str(output)])
+    gpu.main()
+    found = json.loads(output.read_text())["models"]["default"]
+    assert [point["documents"] for point in found["alone"]] == [1, 3]
+    assert [point["clients"] for point in found["clients"]] == [1, 5]
+    for point in found["clients"]:
+        assert point["gpu_percent"] == 50
+        assert point["pairs_per_second"] == 12 * point["requests"]
+        assert max(point["stages"], key=point["stages"].__getitem__) in ("cross_encoder", "queue")
+        assert 0 < point["busiest_sender"] < 0.5
+    found["clients"].append({"clients": 64, "left_out": "refused"})
+    assert (tables := report.gpu(output.parents[1])).count("| 50 % |") == 4, tables
+    assert "Left out: 64 clients: refused; a peer: why." not in tables
+    output.write_text(json.dumps(json.loads(output.read_text()) | {"models": {"default": found}}))
+    assert "Left out: 64 clients: refused; a peer: why." in report.gpu(output.parents[1])
