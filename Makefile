@@ -30,6 +30,7 @@ export: $(if $(filter default-int8-,$(MODEL)-$(PRECISION)-$(ARGS)),$(VENV)/.serv
 
 bench: $(VENV)/.all $(PEERS)/.made ## Measure each optimisation and the peers; into loadtest/RESULTS.md and README.md
 	$(BIN)/python -m loadtest.bench $(if $(URL),--url $(URL))
+	$(BIN)/python -m loadtest.own_cost
 	$(BIN)/python -m loadtest.gateway
 	$(BIN)/python -m loadtest.report
 

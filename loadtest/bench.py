@@ -33,7 +33,6 @@ from .anatomy import anatomy, encode
 from .data import DL19, Request, ndcg_at_10, requests
 from .growth import growth, queue_delay
 from .limit import GPU, limit
-from .own_cost import own_cost
 
 HERE = Path(__file__).parent
 #: The contestant whose logits are the others' measure.
@@ -403,8 +402,6 @@ def main() -> int:
             _say("What the GPU allows …")
             for half in [each for each in result["rows"] if each["label"] == FP16]:
                 result["limit"] = limit_of_gpu(every, half["pairs_per_second"]["median"])
-    _say("The ensemble's own cost …")
-    result["own_cost"] = own_cost(MODELS / f"repository-{precision}", every)
     if not (arguments.url or GPU):
         _say("Delays …")
         result["queue_delay"] = queue_delay(MODELS / f"repository-{precision}", every)

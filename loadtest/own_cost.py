@@ -1,8 +1,12 @@
-"""What the ensemble itself costs: the server with a graph that computes nothing."""
+"""What the ensemble itself costs: ``python -m loadtest.own_cost``, into ``results/own-cost``.
+
+It is what an embedded server takes with a graph that computes nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import tempfile
 import time
@@ -19,7 +23,9 @@ from tritonrank import RerankClient, protocol
 from tritonrank_server.export.publish import use
 from tritonrank_server.serving.serve import EmbeddedServer, Settings
 
-from .data import Request
+from .bench import HERE, MODELS, commit, hardware, prepare
+from .data import DL19, Request, requests
+from .limit import GPU
 
 #: Of the graph's inputs and outputs, and nothing between them: a document's logit is its length.
 IDLE = """
@@ -38,10 +44,10 @@ Point = dict[str, Any]
 
 
 def own_cost(repository: Path, every: Sequence[Request]) -> list[Point]:
-    """Measures an embedded server of a copy of the repository whose graph computes nothing.
+    """Measures a server of a copy of the repository whose graph computes nothing.
 
-    One client is tritonrank's. Several are one process that sends messages made before, and reads
-    none of their answers, so that the cores are the server's as far as can be.
+    One client is tritonrank's. Several are one process that sends messages made before, and takes
+    no answer apart, so that the cores are the server's as far as can be.
 
     Args:
         repository: with an export, of which all but the graph is used.
@@ -58,8 +64,8 @@ def own_cost(repository: Path, every: Sequence[Request]) -> list[Point]:
         settings = Settings(copy, grpc_port=0, http_port=0, metrics_port=0)
         with EmbeddedServer(settings) as server:
             return [
-                _point(server.grpc_url, requests, clients)
-                for requests in ([SHORT], [(each.query, each.documents) for each in every])
+                _point(server.grpc_url, pairs, clients)
+                for pairs in ([SHORT], [(each.query, each.documents) for each in every])
                 for clients in CLIENTS
             ]
 
@@ -127,3 +133,23 @@ async def several_clients(
 
         await asyncio.gather(*(client() for _ in range(clients)))
     return times
+
+
+def main() -> None:
+    """Measures, and writes ``cpu.json``."""
+    prepare()
+    repository = MODELS / f"repository-{'fp16' if GPU else 'int8'}"
+    result = {
+        "commit": commit(),
+        "hardware": hardware() | {"gpu": None},  # It has nothing to do.
+        "data": "TREC DL 2019, BM25 top 100" if DL19.exists() else "generated text",
+        "points": own_cost(repository, requests(43)),
+    }
+    path = HERE / "results" / "own-cost" / "cpu.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -131,7 +131,6 @@ def markdown(result: Result, name: str) -> str:
     parts += _anatomy(result["anatomy"]) if "anatomy" in result else []
     parts += _growth(result["growth"]) if "growth" in result else []
     parts += _delay(result["queue_delay"]) if "queue_delay" in result else []
-    parts += _own_cost(result["own_cost"]) if "own_cost" in result else []
     return "\n\n".join(parts)
 
 
@@ -227,19 +226,6 @@ def _delay(points: list[dict[str, Any]]) -> list[str]:
         for point in points
     ]
     return ["What a queue delay buys on this machine, median of three turns:", _table(head, rows)]
-
-
-def _own_cost(points: list[dict[str, Any]]) -> list[str]:
-    head = ["documents", "clients", "requests/s", "median ms", "99 % within ms", "largest ms"]
-    keys = ("documents", "clients", "requests_per_second", "median_ms", "p99_ms", "largest_ms")
-    rows = [[_figure(point[key]) for key in keys] for point in points]
-    return [
-        "The ensemble's own cost: an embedded server on this machine with a graph that computes "
-        "nothing, so that all of it is for transport, tokenizing, sorting, and calling the graph "
-        "once a document. One client is tritonrank's; 16 are one process that sends messages made "
-        "before.",
-        _table(head, rows),
-    ]
 
 
 def _figure(value: float) -> str:
@@ -425,6 +411,19 @@ def memory(folder: Path) -> str:
     return _table(head, rows)
 
 
+def own_cost(folder: Path) -> str:
+    """What the ensemble costs beside the graph, on each machine that it was measured on."""
+    head = ["documents", "clients", "requests/s", "median ms", "99 % within ms", "largest ms"]
+    keys = ("documents", "clients", "requests_per_second", "median_ms", "p99_ms", "largest_ms")
+    parts = []
+    for path in sorted(folder.glob("own-cost/*.json")):
+        result = json.loads(path.read_text())
+        parts.append(f"{_machine(result)}, commit {result['commit']}:")
+        points = [[_figure(point[key]) for key in keys] for point in result["points"]]
+        parts.append(_table(head, points))
+    return "\n\n".join(parts)
+
+
 def gateway(folder: Path) -> str:
     """What the HTTP gateway costs, on each machine that it was measured on."""
     head = ["", "by gRPC", "through the gateway", "added", "a process carries"]
@@ -541,6 +540,7 @@ def main(root: Path = ROOT) -> None:
     write(root / "loadtest" / "RESULTS.md", "gpu", gpu(folder))
     write(root / "loadtest" / "RESULTS.md", "load", load_tests(folder))
     write(root / "loadtest" / "RESULTS.md", "memory", memory(folder))
+    write(root / "loadtest" / "RESULTS.md", "own cost", own_cost(folder))
     write(root / "loadtest" / "RESULTS.md", "gateway", gateway(folder))
     long = json.loads((folder / "passages" / "cpu.json").read_text())
     plot_passages(long, folder / "passages" / "cpu.png")

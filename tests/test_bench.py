@@ -250,7 +250,10 @@ def test_queue_delay(
 
 
 def test_the_ensembles_own_cost(
-    monkeypatch: pytest.MonkeyPatch, int8_repository: Path, sample: list[tuple[str, list[str]]]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    int8_repository: Path,
+    sample: list[tuple[str, list[str]]],
 ) -> None:
     monkeypatch.setattr(own_cost, "SECONDS", 0.5)
     published = (int8_repository / "cross_encoder" / "current").readlink()
@@ -262,7 +265,11 @@ def test_the_ensembles_own_cost(
         assert point["median_ms"] <= point["p99_ms"] <= point["largest_ms"]
         assert point["requests"] >= point["clients"]
     assert (int8_repository / "cross_encoder" / "current").readlink() == published
-    assert "nothing" in report._own_cost(points)[0]
+    (tmp_path / "own-cost").mkdir()
+    machine = {"gpu": None, "cores": 2, "cpu": "a"}
+    result = {"points": points, "commit": "abc", "hardware": machine}
+    (tmp_path / "own-cost" / "cpu.json").write_text(json.dumps(result))
+    assert report.own_cost(tmp_path).count("\n| 12 | 16 |") == 1
 
 
 def test_a_gpu_under_load(
