@@ -118,7 +118,7 @@ def test_contestants_agree_and_are_reported(
     ]
     long = {"chosen_on": [way], "judged_on": [way], "cost": {"default": times}}
     (results / "passages" / "cpu.json").write_text(json.dumps(long | of_replicas))
-    names = ("benchmark", "gpu", "load", "memory", "gateway", "passages")
+    names = ("benchmark", "gpu", "load", "memory", "own cost", "gateway", "passages")
     blocks = [marks.format(name, name) for name in names]
     tables.write_text(f"before\n{blocks[0]}between\n{''.join(blocks[1:])}after\n")
     operations.write_text(marks.format("replicas", "replicas"))
