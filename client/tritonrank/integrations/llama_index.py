@@ -31,7 +31,8 @@ class TritonRerank(BaseNodePostprocessor):
     """Ranks nodes by their text and the metadata that is for embedding.
 
     Where a passage of that gave a node's score, the node is a copy, with ``relevant_passage`` in
-    its metadata: ``start`` and ``end``, in characters of what was ranked. No model is shown it.
+    its metadata: ``start`` and ``end``, in characters of what was ranked, and ``truncated`` where
+    not all of it was read. No model is shown it.
 
     Args:
         url: ``HOST:PORT``, or several; see ``RerankClient``, as for ``timeout`` and ``tls``.
